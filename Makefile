@@ -1,0 +1,24 @@
+# make run     install into .venv if need be, then PreSa on BallRun with the bundled data
+# make test    install into .venv if need be, then lint and tests
+# The interpreter can be chosen: make run PYTHON=python3.10
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.10 python3,$(if $(shell command -v $(p)),$(p))))
+SERVES = import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))
+BIN = .venv/bin
+
+.PHONY: run test
+run: .venv/installed
+	$(BIN)/python algorithms/presa.py --task BallRun --data bundled
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+# The mark is made last, so an interrupted install is done again and a finished one is not.
+.venv/installed: requirements.txt requirements-no-deps.txt
+	@$(PYTHON) -c '$(SERVES)' || { echo "error: Python 3.10 or 3.11 is needed (pybullet has wheels for no newer one), but $(PYTHON) is another; name one: make PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-no-deps.txt
+	@touch $@

@@ -1,0 +1,111 @@
+"""The command line: a dataclass becomes flags, and every bad input becomes one sentence."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import tyro
+
+ArgsT = TypeVar("ArgsT")
+
+
+class UserError(Exception):
+    """Bad input: one sentence that names the flag or the file and says what would be right."""
+
+
+class TrainingError(Exception):
+    """A run that cannot go on, such as one with a non-finite loss."""
+
+
+def parse_args(args_class: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
+    """Read ``args_class``, a dataclass, from the command line (or from ``argv``).
+
+    tyro explains a bad flag in a box of several lines; here it becomes one.
+
+    Raises:
+        UserError: a flag is unknown or its value has the wrong type.
+    """
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(args_class, args=argv, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit as stop:
+        if stop.code in (None, 0):  # --help
+            raise
+        text = re.sub(r"\x1b\[[0-9;]*m", "", message.getvalue())
+        lines = [re.sub(r"^[│|\s]+|[│|\s]+$", "", line) for line in text.splitlines()]
+        lines = [line for line in lines if line and not re.search(r"[─╭╰]|full helptext", line)]
+        raise UserError(" ".join(lines) + "; --help lists every flag") from None
+
+
+def check_numbers(
+    args: Any, at_least: dict[str, int] | None = None, shares: tuple[str, ...] = ()
+) -> None:
+    """Check every whole number (>= 1) and every fraction (>= 0, finite) of the arguments.
+
+    Args:
+        args: a script's dataclass of arguments.
+        at_least: other lower bounds, by field.
+        shares: fields that must lie between 0 and 1.
+
+    Raises:
+        UserError: names the first flag that is out of its range.
+    """
+    for name, value in dataclasses.asdict(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        low = (at_least or {}).get(name, 1 if isinstance(value, int) else 0)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if name in shares and not 0 <= value <= 1:
+            raise UserError(f"{flag}: must lie between 0 and 1")
+        if not value >= low or math.isinf(value):
+            raise UserError(f"{flag}: must be a finite number, {low} or more")
+
+
+def get_device(name: str) -> torch.device:
+    """``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: give auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA GPU that torch can use; give cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known names most like ``name``, as part of an error's sentence."""
+    known = list(known)
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.4)
+    return ", ".join(by_lower[c] for c in close) if close else ", ".join(known)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call ``main``; a :class:`UserError` becomes one line on stderr and exit code 2.
+
+    A :class:`TrainingError` ends with exit code 1. Anything else is a defect of the program and
+    keeps its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_say(error, 2))
+    except TrainingError as error:
+        sys.exit(_say(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted", 130))
+
+
+def _say(message: object, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

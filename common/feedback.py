@@ -1,0 +1,348 @@
+"""Preferences and safety labels for pairs of segments: made from a dataset, saved and loaded.
+
+Make a feedback file, for example to have people label its segments:
+
+    python common/feedback.py --task BallRun --output feedback.npz
+
+A segment is L consecutive steps of one episode, held as the index of its first transition; the
+transitions stay in the dataset. With S seeds, K cost limits and P pairs, a file holds
+
+    segment_starts   [S, P, 2] int64   first transition of both segments of a pair
+    preference       [S, P]    int8    which of the two is preferred, 0 or 1; -1: no preference
+    safe_label       [S, K, P, 2] int8 +1 safe, -1 unsafe
+    segment_length, seeds [S], cost_limits [K], dataset_sha256
+
+A file from people has one set of labels, so no seeds and no cost limits: segment_starts [P, 2],
+preference [P], safe_label [P, 2], segment_length, dataset_sha256. A pair without a preference
+serves the safety term alone.
+"""
+
+import os
+import sys
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import UserError, check_numbers, parse_args, run_main
+from common.dataset import Dataset, Task, get_task, load_dataset
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """Labelled pairs for S seeds x K cost limits; P pairs of segments of L steps each."""
+
+    segment_starts: np.ndarray  # [S, P, 2] int64
+    preference: np.ndarray  # [S, P] int8: 0, 1, or -1 for none
+    safe_label: np.ndarray  # [S, K, P, 2] int8: +1 or -1
+    segment_length: int  # L, steps
+    seeds: tuple[int, ...]
+    cost_limits: tuple[float, ...]
+    dataset_sha256: str
+    source: str = "synthetic"  # or the file it was loaded from
+
+    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The feedback as training wants it, of each pair the preferred segment first.
+
+        Returns:
+            segment starts [S, P, 2] int64, safe labels [S, K, P, 2] float +1 or -1, and where
+            there is a preference [S, P] float 1 or 0.
+        """
+        order = np.stack((self.preference == 1, self.preference != 1), -1).astype(np.int64)
+        starts = np.take_along_axis(self.segment_starts, order, -1)
+        labels = np.take_along_axis(self.safe_label, order[:, None], -1)
+        arrays = (starts, labels.astype(np.float32), (self.preference >= 0).astype(np.float32))
+        return tuple(torch.from_numpy(array).to(device) for array in arrays)
+
+
+def make_feedback(
+    dataset: Dataset,
+    task: Task,
+    seeds: tuple[int, ...],
+    cost_limits: tuple[float, ...],
+    segment_length: int,
+    num_pairs: int,
+    preference_noise: float = 0.0,
+) -> Feedback:
+    """Label random pairs of segments by the dataset's rewards and costs (paper, section 6.1, B.2).
+
+    Both segments of a pair are drawn independently and uniformly over all valid starts. The
+    preferred one has the larger summed reward, ties are broken at random; a segment is safe iff
+    its summed cost is at most kappa * L / T_max. A seed fixes everything drawn, and the first n
+    pairs are the same for every ``num_pairs`` >= n.
+
+    Args:
+        preference_noise: share of the preferences that are flipped, exactly, after labelling.
+
+    Raises:
+        UserError: every episode is shorter than a segment.
+    """
+    lengths = dataset.episode_ends - dataset.episode_starts
+    if segment_length > lengths.max():
+        raise UserError(
+            f"--segment-length {segment_length}: the longest episode of {dataset.path} has "
+            f"{lengths.max()} steps; a segment must fit into one"
+        )
+    # A start is valid where its episode goes on for at least L steps.
+    steps_left = np.repeat(dataset.episode_ends, lengths) - np.arange(len(dataset.rewards))
+    valid_starts = np.flatnonzero(steps_left >= segment_length)
+
+    starts = np.empty((len(seeds), num_pairs, 2), np.int64)
+    preference = np.empty((len(seeds), num_pairs), np.int8)
+    safe_label = np.empty((len(seeds), len(cost_limits), num_pairs, 2), np.int8)
+    for s, seed in enumerate(seeds):
+        # One stream each for segments, ties and noise: none shifts when another is drawn longer.
+        draw, coin, noise = (
+            np.random.default_rng(x) for x in np.random.SeedSequence(seed).spawn(3)
+        )
+        starts[s] = valid_starts[draw.integers(len(valid_starts), size=(num_pairs, 2))]
+        steps = starts[s][..., None] + np.arange(segment_length)  # [P, 2, L]
+        returns = dataset.rewards[steps].sum(-1)
+        costs = dataset.costs[steps].sum(-1)
+
+        tie_break = coin.integers(2, size=num_pairs)
+        second_better = np.sign(returns[:, 1] - returns[:, 0])
+        preference[s] = np.where(second_better == 0, tie_break, second_better > 0)
+        flipped = noise.permutation(num_pairs)[: round(preference_noise * num_pairs)]
+        preference[s, flipped] = 1 - preference[s, flipped]
+
+        for k, limit in enumerate(cost_limits):
+            safe = costs * task.horizon <= limit * segment_length  # no rounding: costs are whole
+            safe_label[s, k] = np.where(safe, 1, -1)
+    return Feedback(
+        starts, preference, safe_label, segment_length, seeds, cost_limits, dataset.sha256
+    )
+
+
+def indistinct_limits(feedback: Feedback) -> list[tuple[float, float]]:
+    """Pairs of cost limits that give the very same safety labels."""
+    limits = feedback.cost_limits
+    return [
+        (limits[i], limits[j])
+        for i in range(len(limits))
+        for j in range(i + 1, len(limits))
+        if np.array_equal(feedback.safe_label[:, i], feedback.safe_label[:, j])
+    ]
+
+
+def save_feedback(feedback: Feedback, path: Path) -> None:
+    """Write a feedback file; it appears under its name only when whole."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        np.savez_compressed(
+            file,
+            segment_starts=feedback.segment_starts,
+            preference=feedback.preference,
+            safe_label=feedback.safe_label,
+            segment_length=feedback.segment_length,
+            seeds=np.array(feedback.seeds),
+            cost_limits=np.array(feedback.cost_limits),
+            dataset_sha256=feedback.dataset_sha256,
+        )
+    os.replace(part, path)
+
+
+def load_feedback(
+    path: Path, dataset: Dataset, seeds: tuple[int, ...], cost_limits: tuple[float, ...]
+) -> Feedback:
+    """Read a feedback file, the program's or people's (see the top of this file).
+
+    Of the program's files, the asked-for seeds and limits are taken. People's labels serve every
+    seed, and mean the one cost limit given.
+
+    Raises:
+        UserError: unreadable, of another dataset, without what was asked for, or inconsistent.
+    """
+    where = f"--feedback {path}"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{where}: not a readable .npz file ({error})") from None
+    from_people = "seeds" not in arrays
+    wanted = ["segment_starts", "preference", "safe_label", "segment_length", "dataset_sha256"]
+    for key in wanted if from_people else [*wanted, "seeds", "cost_limits"]:
+        if key not in arrays:
+            raise UserError(f"{where}: the key {key} is missing; common/feedback.py lists them")
+    if str(arrays["dataset_sha256"]) != dataset.sha256:
+        raise UserError(
+            f"{where}: made for the dataset with SHA-256 {str(arrays['dataset_sha256'])[:12]}..., "
+            f"not for {dataset.path} ({dataset.sha256[:12]}...); give the right one with --data"
+        )
+    starts, preference = arrays["segment_starts"], arrays["preference"]
+    safe_label, length = arrays["safe_label"], int(arrays["segment_length"])
+    if from_people:
+        if len(cost_limits) != 1:
+            raise UserError(f"{where}: one set of labels; give its one limit with --cost-limits")
+        copies = (len(seeds),)
+        starts = np.broadcast_to(starts, copies + starts.shape)
+        preference = np.broadcast_to(preference, copies + preference.shape)
+        safe_label = np.broadcast_to(safe_label, (len(seeds), 1, *safe_label.shape))
+    else:
+        if safe_label.shape[:2] != (len(arrays["seeds"]), len(arrays["cost_limits"])):
+            raise UserError(f"{where}: safe_label must be [seeds, cost_limits, pairs, 2]")
+        take_seeds = _positions(where, "--seeds", seeds, arrays["seeds"].tolist())
+        take_limits = _positions(
+            where, "--cost-limits", cost_limits, arrays["cost_limits"].tolist()
+        )
+        starts, preference = starts[take_seeds], preference[take_seeds]
+        safe_label = safe_label[take_seeds][:, take_limits]
+    feedback = Feedback(
+        np.ascontiguousarray(starts, np.int64),
+        np.ascontiguousarray(preference, np.int8),
+        np.ascontiguousarray(safe_label, np.int8),
+        length,
+        seeds,
+        cost_limits,
+        dataset.sha256,
+        source=str(path),
+    )
+    _check(where, feedback, dataset)
+    return feedback
+
+
+def _positions(where: str, flag: str, asked: tuple, held: list) -> list[int]:
+    missing = [x for x in asked if x not in held]
+    if missing:
+        raise UserError(f"{where}: {flag} {missing[0]} is not in it; it holds {held}")
+    return [held.index(x) for x in asked]
+
+
+def _check(where: str, feedback: Feedback, dataset: Dataset) -> None:
+    s, p = feedback.preference.shape[0], feedback.preference.shape[-1]
+    if feedback.segment_starts.shape != (s, p, 2) or p == 0:
+        raise UserError(f"{where}: segment_starts must be [pairs, 2] with at least one pair")
+    if feedback.safe_label.shape != (s, len(feedback.cost_limits), p, 2):
+        raise UserError(f"{where}: safe_label must be [pairs, 2], one label a segment")
+    if not np.isin(feedback.preference, (-1, 0, 1)).all():
+        raise UserError(f"{where}: preference must be 0, 1, or -1 for none")
+    if not np.isin(feedback.safe_label, (-1, 1)).all():
+        raise UserError(f"{where}: safe_label must be +1 (safe) or -1 (unsafe)")
+    starts = feedback.segment_starts
+    if feedback.segment_length < 1 or starts.min() < 0 or starts.max() >= len(dataset.rewards):
+        raise UserError(f"{where}: a segment lies outside the dataset {dataset.path}")
+    episode = np.searchsorted(dataset.episode_ends, starts, side="right")
+    if (starts + feedback.segment_length > dataset.episode_ends[episode]).any():
+        raise UserError(f"{where}: a segment crosses the end of its episode")
+
+
+def get_feedback(
+    dataset: Dataset, task: Task, args: Any, cost_limits: tuple[float, ...]
+) -> Feedback:
+    """The feedback a run asks for: loaded where a file is given, else made from the dataset.
+
+    Args:
+        dataset: what the segments are cut from.
+        task: its task.
+        args: of a script, with feedback, seeds, num_pairs, segment_length, preference_noise.
+        cost_limits: one set of safety labels each.
+
+    Raises:
+        UserError: a flag is out of range, the file and the flags disagree, or no segment is safe.
+    """
+    _check_flags(args.seeds, cost_limits)
+    if args.feedback is None:
+        feedback = _make(dataset, task, args, cost_limits)
+    else:
+        if args.preference_noise:
+            raise UserError("--preference-noise: only for feedback made here; drop --feedback")
+        whole = load_feedback(args.feedback, dataset, args.seeds, cost_limits)
+        feedback = replace(
+            whole,
+            segment_starts=whole.segment_starts[:, : args.num_pairs],
+            preference=whole.preference[:, : args.num_pairs],
+            safe_label=whole.safe_label[:, :, : args.num_pairs],
+        )
+        if args.segment_length not in (None, feedback.segment_length):
+            raise UserError(
+                f"--segment-length {args.segment_length}: the segments of {args.feedback} have "
+                f"{feedback.segment_length} steps; leave the flag out"
+            )
+    _say_what_labels_tell(feedback)
+    return feedback
+
+
+def _make(dataset: Dataset, task: Task, args: Any, cost_limits: tuple[float, ...]) -> Feedback:
+    length = args.segment_length or task.segment_length
+    noise = args.preference_noise
+    return make_feedback(dataset, task, args.seeds, cost_limits, length, args.num_pairs, noise)
+
+
+def _check_flags(seeds: tuple[int, ...], cost_limits: tuple[float, ...]) -> None:
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise UserError("--seeds: give one or more different whole numbers, none negative")
+    if not cost_limits or len(set(cost_limits)) < len(cost_limits):
+        raise UserError("--cost-limits: give one or more different numbers")
+    if not all(0 <= limit < float("inf") for limit in cost_limits):
+        raise UserError("--cost-limits: a limit is a finite number, 0 or more")
+
+
+def _say_what_labels_tell(feedback: Feedback) -> None:
+    """Warn of labels that say too little; refuse those that call nothing safe."""
+    safe = feedback.safe_label == 1
+    for s, seed in enumerate(feedback.seeds):
+        for k, limit in enumerate(feedback.cost_limits):
+            if not safe[s, k].any():
+                raise UserError(
+                    f"--cost-limits {limit:g}: no segment of seed {seed} is labelled safe, so "
+                    "there is nothing to learn from; give a larger limit or other data"
+                )
+            if safe[s, k].all():
+                print(
+                    f"note: every segment of seed {seed} is safe at the limit {limit:g}: the "
+                    "safety term has nothing to say there"
+                )
+    for low, high in indistinct_limits(feedback):
+        print(
+            f"warning: the limits {low:g} and {high:g} give the same safety labels; longer "
+            "segments (--segment-length) would tell them apart"
+        )
+
+
+@dataclass
+class Args:
+    """Make a feedback file from a dataset's rewards and costs."""
+
+    task: str = "BallRun"
+    """name of the task"""
+    data: str = "auto"
+    """auto | dsrl | bundled | path of an HDF5 file in DSRL's format"""
+    output: Path = Path("feedback.npz")
+    """the file to write"""
+    seeds: tuple[int, ...] = (0,)
+    """a set of pairs is drawn for each"""
+    cost_limits: tuple[float, ...] | None = None
+    """kappa, summed cost of an episode; default: the suite's three (DSRL)"""
+    segment_length: int | None = None
+    """L, steps; default: the task's"""
+    num_pairs: int = 10_000
+    """pairs of segments a seed (paper, section 6.1)"""
+    preference_noise: float = 0.0
+    """share of the preferences that are flipped"""
+
+
+def main() -> None:
+    args = parse_args(Args)
+    task = get_task(args.task)
+    check_numbers(args, shares=("preference_noise",))
+    dataset = load_dataset(task, args.data)
+    limits = args.cost_limits or task.cost_limits
+    _check_flags(args.seeds, limits)
+    feedback = _make(dataset, task, args, limits)
+    _say_what_labels_tell(feedback)
+    try:
+        save_feedback(feedback, args.output)
+    except OSError as error:
+        raise UserError(f"--output {args.output}: cannot be written ({error.strerror})") from None
+    safe = ", ".join(f"{x:.0%}" for x in (feedback.safe_label == 1).mean((0, 2, 3)))
+    limits = ", ".join(f"{x:g}" for x in feedback.cost_limits)
+    print(f"{args.output}: {args.num_pairs} pairs a seed; safe at the limits {limits}: {safe}")
+
+
+if __name__ == "__main__":
+    run_main(main)

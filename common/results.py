@@ -1,0 +1,381 @@
+"""What a run leaves behind: configuration, metrics, scores, the policy and a picture."""
+
+import csv
+import dataclasses
+import json
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.cli import TrainingError, UserError
+from common.dataset import Dataset, Task
+from common.evaluation import Evaluator, Scores
+
+VERSIONED = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "pybullet")
+
+
+class Run:
+    """The folder of one run of a script: S seeds x K cost limits, trained together.
+
+    ``metrics.csv`` grows while the run goes on; every other file appears when whole. Where a
+    tensor has leading dimensions [S, K], one policy is trained per seed and limit; where it has
+    [S], one per seed, which stands for all limits.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        script: str,
+        task: Task,
+        dataset: Dataset,
+        cost_limits: tuple[float, ...],
+        total_steps: int,
+    ):
+        """Make the folder and start the evaluation's workers.
+
+        Args:
+            args: the script's dataclass of arguments, with seeds (S of them), output_dir, track,
+                eval_episodes, eval_every and log_every.
+            script: path of the algorithm's file.
+            task: what is trained on.
+            dataset: and its data.
+            cost_limits: K of them.
+            total_steps: gradient steps of all stages.
+
+        Raises:
+            UserError: the folder cannot be made, or a simulator is missing.
+        """
+        self.args, self.task, self.dataset = args, task, dataset
+        self.seeds, self.cost_limits = args.seeds, cost_limits
+        self.total_steps = total_steps
+        self.script = f"algorithms/{Path(script).name}"
+        self.algorithm = Path(script).stem
+        self.started = time.time()
+        self.config = {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in dataclasses.asdict(args).items()
+        } | {"seeds": list(args.seeds), "cost_limits": list(cost_limits)}
+        self.evaluator = None
+        if args.eval_episodes:
+            self.evaluator = Evaluator(task, self.script, args.eval_episodes)
+        self.folder = _make_folder(args.output_dir / self.algorithm / task.name)
+        write_json(
+            self.folder / "config.json",
+            {"algorithm": self.algorithm, "data": dataset.provenance, **self.config},
+        )
+        self.rows: list[dict[str, Any]] = []  # of metrics.csv
+        self.columns: list[str] = []
+        self.tracker = _start_wandb(self) if args.track else None
+        self.curve: list[tuple[int, np.ndarray, np.ndarray]] = []  # step, reward, cost [S, K]
+        self.pending: list[dict[str, Tensor]] = []
+        self.pending_stage = ""
+        self.last: dict[str, np.ndarray] = {}  # the means written last, [S, K] or [S] each
+        self.shown: dict[str, str] = {}
+        self.scores: Scores | None = None
+        self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, leave=False)
+
+    def log(self, stage: str, step: int, metrics: dict[str, Tensor]) -> None:
+        """Take the metrics of one step; every ``log_every`` steps, write their means.
+
+        Args:
+            stage: name of the stage.
+            step: 1-based, counted from the start of the run.
+            metrics: [S] or [S, K] each, on the device, ``loss`` among them; nothing waits for
+                them until their means are due.
+
+        Raises:
+            TrainingError: a loss was not finite; names the step.
+        """
+        if self.pending and stage != self.pending_stage:
+            self._flush(step - 1)
+        self.pending.append(metrics)
+        self.pending_stage = stage
+        self.bar.update()
+        if step % self.args.log_every == 0 or step == self.total_steps:
+            self._flush(step)
+
+    def _flush(self, step: int) -> None:
+        taken = {
+            name: torch.stack([m[name] for m in self.pending]).double().cpu()
+            for name in self.pending[0]
+        }
+        count, self.pending = len(self.pending), []
+        self.last = {name: x.nanmean(0).numpy() for name, x in taken.items()}
+        self._write(self.pending_stage, step, self.last)
+        self._show({name: f"{np.nanmean(x):.3g}" for name, x in self.last.items()})
+        finite = taken["loss"].isfinite().reshape(count, -1).all(1)
+        if not finite.all():
+            first = step - count + 1 + int((~finite).nonzero()[0])
+            self._end()
+            raise TrainingError(
+                f"the loss is not finite at step {first} ({self.pending_stage}); what was logged "
+                f"is in {self.folder}; a smaller learning rate may help"
+            )
+
+    def _show(self, values: dict[str, str]) -> None:
+        self.shown |= values
+        keep = ("loss", "preference_accuracy_safe", "weighted_probability", "nu", "reward", "cost")
+        self.bar.set_postfix({k: self.shown[k] for k in keep if k in self.shown}, refresh=False)
+
+    def evaluate(self, stage: str, step: int, parameters: dict[str, Tensor]) -> None:
+        """Every ``eval_every`` steps, and at the last, play the policies and write their scores.
+
+        Args:
+            stage: name of the stage.
+            step: as in ``log``.
+            parameters: of the policies, [S, K, ...], or [S, 1, ...] where one serves all limits.
+        """
+        due = step % self.args.eval_every == 0 or step == self.total_steps
+        if self.evaluator is None or not due:
+            return
+        policies, seeds = split_runs(parameters, self.seeds, len(self.cost_limits))
+        scores = self.evaluator.evaluate(self.config, policies, seeds)
+        shape = (len(self.seeds), len(self.cost_limits))
+        share = shape[0] * shape[1] // len(policies)  # limits that one policy stands for
+        self.scores = Scores(
+            scores.rewards.repeat(share, 0), scores.costs.repeat(share, 0), scores.reward_range
+        )
+        limits = np.tile(self.cost_limits, len(self.seeds))
+        reward = self.scores.normalized_reward().reshape(shape)
+        cost = self.scores.normalized_cost(limits).reshape(shape)
+        self.curve.append((step, reward, cost))
+        self._write(stage, step, {"normalized_reward": reward, "normalized_cost": cost})
+        self._show({"reward": f"{reward.mean():.2f}", "cost": f"{cost.mean():.2f}"})
+
+    def finish(self, parameters: dict[str, Tensor], final: dict[str, Any], stage_ends: int) -> None:
+        """Write policy, results and picture, and print the table.
+
+        Args:
+            parameters: of the policies, [S, K, ...] or [S, 1, ...]: the last ones.
+            final: columns of the results, [S, K] each, beside the metrics logged last.
+            stage_ends: step at which pretraining stopped, drawn as a line.
+        """
+        self._end()
+        self.save_policy(parameters)
+        results = {
+            "algorithm": self.algorithm,
+            "task": self.task.name,
+            "data": self.dataset.provenance,
+            "cost_limits": list(self.cost_limits),
+            "seeds": list(self.seeds),
+            "eval_episodes": self.args.eval_episodes,
+            "checkpoint": "last",
+            "versions": {p: version(p) for p in VERSIONED if _installed(p)}
+            | {"python": sys.version.split()[0]},
+            "config": self.config,
+            "wall_seconds": round(time.time() - self.started, 1),
+            "runs": self._result_rows({**self.last, **final}),
+        }
+        if self.scores is not None:
+            results |= mean_scores(results["runs"])
+        write_json(self.folder / "results.json", results)
+        if self.curve:
+            self._draw(stage_ends)
+        print(f"{self.folder}/: config.json metrics.csv results.json policy.pt", end="")
+        print(" curves.png" if self.curve else "")
+        print(summary(results))
+
+    def save_policy(self, parameters: dict[str, Tensor]) -> None:
+        """Write policy.pt: what ``common/evaluation.py`` needs, loadable with weights_only."""
+        part = self.folder / "policy.pt.part"
+        torch.save(
+            {
+                "script": self.script,
+                "task": self.task.name,
+                "data": self.dataset.provenance,
+                "config": self.config,
+                "seeds": list(self.seeds),
+                "cost_limits": list(self.cost_limits),
+                "parameters": {name: p.detach().cpu() for name, p in parameters.items()},
+            },
+            part,
+        )
+        os.replace(part, self.folder / "policy.pt")
+
+    def _result_rows(self, final: dict[str, Any]) -> list[dict]:
+        rows = []
+        for s, seed in enumerate(self.seeds):
+            for k, limit in enumerate(self.cost_limits):
+                row: dict[str, Any] = {"cost_limit": limit, "seed": seed}
+                if self.scores is not None:
+                    r = s * len(self.cost_limits) + k
+                    row |= {
+                        "reward": float(self.scores.rewards[r].mean()),
+                        "cost": float(self.scores.costs[r].mean()),
+                        "normalized_reward": float(self.curve[-1][1][s, k]),
+                        "normalized_cost": float(self.curve[-1][2][s, k]),
+                        "episode_rewards": self.scores.rewards[r].tolist(),
+                        "episode_costs": self.scores.costs[r].tolist(),
+                    }
+                rows.append(row | {name: x[s, k].item() for name, x in final.items()})
+        return rows
+
+    def _write(self, stage: str, step: int, values: dict[str, np.ndarray]) -> None:
+        shape = (len(self.seeds), len(self.cost_limits))
+        full = {name: np.broadcast_to(x.reshape(shape[0], -1), shape) for name, x in values.items()}
+        for s, seed in enumerate(self.seeds):
+            for k, limit in enumerate(self.cost_limits):
+                row = {name: float(x[s, k]) for name, x in full.items()}
+                self.rows.append(
+                    {"step": step, "stage": stage, "seed": seed, "cost_limit": limit} | row
+                )
+                if self.tracker:
+                    self.tracker.log(
+                        {f"seed{seed}/limit{limit:g}/{n}": v for n, v in row.items()}, step=step
+                    )
+        self._append(shape[0] * shape[1])
+
+    def _append(self, count: int) -> None:
+        """Append the last rows to metrics.csv; a new column has the file written anew."""
+        columns = list(dict.fromkeys([*self.columns, *self.rows[-1]]))
+        path = self.folder / "metrics.csv"
+        part = path if columns == self.columns else path.with_name("metrics.csv.part")
+        with open(part, "a", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            if part != path:
+                writer.writeheader()
+            writer.writerows(self.rows[-count:] if part == path else self.rows)
+        if part != path:
+            os.replace(part, path)
+        self.columns = columns
+
+    def _end(self) -> None:
+        self.bar.close()
+        if self.evaluator:
+            self.evaluator.close()
+        if self.tracker:
+            self.tracker.finish()
+
+    def _draw(self, stage_ends: int) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        steps = [step for step, _, _ in self.curve]
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+        styles = ("-", "--", "-.", (0, (1, 1)))
+        for axis, which, name in zip(axes, (1, 2), ("reward", "cost"), strict=True):
+            for k, limit in enumerate(self.cost_limits):
+                values = np.array([point[which][:, k] for point in self.curve])  # [points, S]
+                style = styles[k % len(styles)]
+                axis.plot(steps, values.mean(1), linestyle=style, label=f"cost limit {limit:g}")
+                if len(self.seeds) > 1:
+                    axis.fill_between(steps, values.min(1), values.max(1), alpha=0.15)
+            axis.axvline(stage_ends, color="gray", linestyle=":", linewidth=1)
+            axis.set(xlabel="gradient steps (dotted: pretraining stops)")
+            axis.set_ylabel(f"normalised {name}")
+        axes[1].axhline(1, color="black", linestyle=":", linewidth=1)
+        axes[0].legend(fontsize=8)
+        band = ", mean and range" if len(self.seeds) > 1 else ""
+        seeds = ", ".join(map(str, self.seeds))
+        figure.suptitle(
+            f"{self.algorithm} on {self.task.name}, data {self.dataset.source}, "
+            f"seeds {seeds}{band}",
+            fontsize=10,
+        )
+        part = self.folder / "curves.part.png"
+        figure.savefig(part, dpi=150)
+        plt.close(figure)
+        os.replace(part, self.folder / "curves.png")
+
+
+def split_runs(
+    parameters: dict[str, Tensor], seeds: tuple[int, ...], num_limits: int
+) -> tuple[list[dict[str, Tensor]], list[int]]:
+    """Stacked parameters, [S, K, ...] or [S, 1, ...], as one dictionary a policy, seed by seed."""
+    per_seed = next(iter(parameters.values())).shape[1]
+    assert per_seed in (1, num_limits)
+    policies = [
+        {name: p[s, k].detach() for name, p in parameters.items()}
+        for s in range(len(seeds))
+        for k in range(per_seed)
+    ]
+    return policies, [seed for seed in seeds for _ in range(per_seed)]
+
+
+def mean_scores(runs: list[dict]) -> dict[str, Any]:
+    """The means over all runs, and whether that is safe: mean normalised cost <= 1 (DSRL)."""
+    reward = float(np.mean([run["normalized_reward"] for run in runs]))
+    cost = float(np.mean([run["normalized_cost"] for run in runs]))
+    return {"normalized_reward": reward, "normalized_cost": cost, "safe": cost <= 1}
+
+
+def summary(results: dict[str, Any]) -> str:
+    """A table with a row per run, and the line a run ends with."""
+    limits = ", ".join(f"{x:g}" for x in results["cost_limits"])
+    seeds = ", ".join(map(str, results["seeds"]))
+    runs = results["runs"]
+    tail = f"({len(runs)} runs: seeds {seeds} × limits {limits}; data {results['data']['source']})"
+    if "safe" not in results:
+        return f"{results['task']}  not evaluated  {tail}"
+    extra = [name for name in ("nu", "violation", "constraint_met") if name in runs[0]]
+    lines = ["", "  ".join(f"{name:>10}" for name in ("limit", "seed", "reward", "cost", *extra))]
+    for run in runs:
+        cells = [f"{run['cost_limit']:g}", run["seed"]]
+        cells += [f"{run['normalized_reward']:.2f}", f"{run['normalized_cost']:.2f}"]
+        cells += [f"{x:.2f}" if isinstance(x := run[n], float) else str(x) for n in extra]
+        lines.append("  ".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{results['task']}  reward {results['normalized_reward']:.2f}  "
+            f"cost {results['normalized_cost']:.2f}  {'safe' if results['safe'] else 'UNSAFE'}  "
+            f"{tail}",
+        ]
+    )
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a file that appears under its name only when whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def _make_folder(parent: Path) -> Path:
+    """A new folder named after the time, with a number where a run started the same second."""
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in ("", *(f"_{i}" for i in range(2, 1000))):
+        folder = parent / (now + suffix)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if folder.is_dir():
+                continue
+            raise UserError(f"--output-dir: {parent} is not a folder") from None
+        except OSError as error:
+            raise UserError(
+                f"--output-dir: {parent} cannot be written to ({error.strerror}); give a folder "
+                "that can"
+            ) from None
+        return folder
+    raise UserError(f"--output-dir: {parent} has too many runs of this second")
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except ModuleNotFoundError:  # importlib's PackageNotFoundError is one
+        return False
+    return True
+
+
+def _start_wandb(run: Run) -> Any:
+    import wandb
+
+    return wandb.init(
+        project="presa",
+        name=f"{run.algorithm}/{run.task.name}/{run.folder.name}",
+        config=run.config | {"data": run.dataset.provenance},
+        dir=run.folder,
+    )
