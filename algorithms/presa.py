@@ -167,8 +167,8 @@ def dropout_masks(shape: tuple[int, ...], rate: float, generator: torch.Generato
 
 def segment_score(log_prob: Tensor, ref_log_prob: Tensor, gamma: float) -> Tensor:
     """Psi(sigma) = sum_t gamma^t log pi/pi_ref, eq. 7 without beta: [..., L] twice -> [...]."""
-    discount = gamma ** torch.arange(log_prob.shape[-1], device=log_prob.device)
-    return (discount * (log_prob - ref_log_prob)).sum(-1)  # eq. 7
+    t = torch.arange(log_prob.shape[-1], dtype=log_prob.dtype, device=log_prob.device)
+    return (gamma**t * (log_prob - ref_log_prob)).sum(-1)  # eq. 7
 
 
 def preference_loss(score: Tensor, has_preference: Tensor, alpha: float) -> Tensor:

@@ -85,11 +85,11 @@ class Evaluator:
                     "(Python 3.10 or 3.11, see the README); train without it: --eval-episodes 0"
                 )
         self.task, self.script, self.episodes = task, script, episodes
-        self.pool = ProcessPoolExecutor(
-            workers or len(os.sched_getaffinity(0)),
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-        )
+        workers = workers or len(os.sched_getaffinity(0))
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
+        # Asked of each, so that all of them start now and import while training goes on.
+        self.reward_range, *_ = [self.pool.submit(_reward_range, task) for _ in range(workers)]
 
     def evaluate(
         self, config: dict, policies: list[dict[str, torch.Tensor]], seeds: list[int]
@@ -101,7 +101,6 @@ class Evaluator:
             policies: the parameters of each policy, by name.
             seeds: [policies] training seed of each; it fixes the seeds of the episodes.
         """
-        reward_range = self.pool.submit(_reward_range, self.task)
         units = [
             self.pool.submit(
                 _play,
@@ -117,7 +116,7 @@ class Evaluator:
         ]
         played = np.concatenate([unit.result() for unit in units], axis=1)  # [2, policies * E]
         rewards, costs = played.reshape(2, len(policies), self.episodes)
-        return Scores(rewards, costs, reward_range.result())
+        return Scores(rewards, costs, self.reward_range.result())
 
     def close(self) -> None:
         """End the workers."""

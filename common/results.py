@@ -110,7 +110,7 @@ class Run:
         count, self.pending = len(self.pending), []
         self.last = {name: x.nanmean(0).numpy() for name, x in taken.items()}
         self._write(self.pending_stage, step, self.last)
-        self._show({name: f"{np.nanmean(x):.3g}" for name, x in self.last.items()})
+        self._show({name: f"{x.nanmean():.3g}" for name, x in taken.items()})
         finite = taken["loss"].isfinite().reshape(count, -1).all(1)
         if not finite.all():
             first = step - count + 1 + int((~finite).nonzero()[0])

@@ -1,0 +1,63 @@
+"""Datasets small enough to know by heart, and a way to run a script as a user does."""
+
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from common.cli import run_main
+
+
+def write_dataset(path: Path, **arrays: np.ndarray) -> Path:
+    """Write arrays as an HDF5 file."""
+    with h5py.File(path, "w") as file:
+        for key, array in arrays.items():
+            file[key] = array
+    return path
+
+
+def two_armed_arrays(episodes: int = 60, length: int = 40, seed: int = 0) -> dict[str, np.ndarray]:
+    """BallRun-shaped episodes in which one action earns and the other costs.
+
+    An episode plays a constant action plus noise: action 0 costs 1 a step where it is positive,
+    action 1 is the reward.
+    """
+    rng = np.random.default_rng(seed)
+    n = episodes * length
+    centre = np.repeat(rng.choice([-0.5, 0.5], size=(episodes, 2)), length, axis=0)
+    actions = np.clip(centre + rng.normal(0, 0.1, (n, 2)), -1, 1).astype(np.float32)
+    timeouts = np.zeros(n, bool)
+    timeouts[length - 1 :: length] = True
+    return {
+        "observations": rng.normal(0, 1, (n, 7)).astype(np.float32),
+        "actions": actions,
+        "rewards": actions[:, 1].copy(),
+        "costs": (actions[:, 0] > 0).astype(np.float32),
+        "terminals": np.zeros(n, bool),
+        "timeouts": timeouts,
+    }
+
+
+@pytest.fixture
+def two_armed(tmp_path: Path) -> Path:
+    """The file of :func:`two_armed_arrays`."""
+    return write_dataset(tmp_path / "two_armed.hdf5", **two_armed_arrays())
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Call a script's main with flags: its exit code, standard output and standard error."""
+
+    def run(main, *flags: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+        code = 0
+        try:
+            run_main(main)
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
