@@ -243,7 +243,9 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def main() -> None:
     args = parse_args(Args)
-    check_numbers(args, {"eval_episodes": 0}, shares=("preference_noise", "delta", "dropout"))
+    check_numbers(
+        args, {"eval_episodes": 0}, shares=("preference_noise", "delta"), below_1=("dropout",)
+    )
 
     # ---- setup: nothing is written before all input is checked
     task = get_task(args.task)

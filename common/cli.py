@@ -35,7 +35,7 @@ def parse_args(args_class: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(args_class, args=argv, config=(tyro.conf.FlagConversionOff,))
+            return tyro.cli(args_class, args=argv)
     except SystemExit as stop:
         if stop.code in (None, 0):  # --help
             raise
@@ -46,7 +46,10 @@ def parse_args(args_class: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
 
 
 def check_numbers(
-    args: Any, at_least: dict[str, int] | None = None, shares: tuple[str, ...] = ()
+    args: Any,
+    at_least: dict[str, int] | None = None,
+    shares: tuple[str, ...] = (),
+    below_1: tuple[str, ...] = (),
 ) -> None:
     """Check every whole number (>= 1) and every fraction (>= 0, finite) of the arguments.
 
@@ -54,6 +57,7 @@ def check_numbers(
         args: a script's dataclass of arguments.
         at_least: other lower bounds, by field.
         shares: fields that must lie between 0 and 1.
+        below_1: fields that must lie below 1 as well.
 
     Raises:
         UserError: names the first flag that is out of its range.
@@ -65,6 +69,8 @@ def check_numbers(
             continue
         if name in shares and not 0 <= value <= 1:
             raise UserError(f"{flag}: must lie between 0 and 1")
+        if name in below_1 and value >= 1:
+            raise UserError(f"{flag}: must be below 1")
         if not value >= low or math.isinf(value):
             raise UserError(f"{flag}: must be a finite number, {low} or more")
 

@@ -14,13 +14,15 @@ import contextlib
 import importlib.util
 import multiprocessing
 import os
+import pickle
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.cli import UserError, parse_args, run_main
+from common.cli import UserError, check_numbers, parse_args, run_main
 from common.dataset import Task, get_task
 
 EPISODES_PER_UNIT = 5
@@ -40,26 +42,79 @@ Act = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Scores:
-    """What the episodes of several policies came to."""
+    """What the episodes of the policies of S seeds x K cost limits came to."""
 
-    rewards: np.ndarray  # [policies, episodes] summed reward of each episode
-    costs: np.ndarray  # [policies, episodes] summed cost of each episode
+    rewards: np.ndarray  # [S, K, episodes] summed reward of each episode
+    costs: np.ndarray  # [S, K, episodes] summed cost of each episode
     reward_range: tuple[float, float]  # r_min, r_max: DSRL's lowest and highest return of the task
 
     def normalized_reward(self) -> np.ndarray:
-        """(R - r_min) / (r_max - r_min), the mean over episodes, [policies]."""
+        """(R - r_min) / (r_max - r_min), the mean over episodes, [S, K]."""
         low, high = self.reward_range
         return (self.rewards.mean(-1) - low) / (high - low)
 
-    def normalized_cost(self, cost_limits: np.ndarray) -> np.ndarray:
-        """(C + epsilon) / (kappa + epsilon), the mean over episodes, [policies].
+    def normalized_cost(self, cost_limits: Sequence[float]) -> np.ndarray:
+        """(C + epsilon) / (kappa + epsilon), the mean over episodes, [S, K].
 
-        Args:
-            cost_limits: [policies] kappa of each policy. As in DSRL epsilon is 1 where kappa is 0
-                and 0 elsewhere.
+        As in DSRL, epsilon is 1 where the limit kappa is 0, and 0 elsewhere.
         """
-        epsilon = np.where(np.asarray(cost_limits) == 0, 1.0, 0.0)
-        return (self.costs.mean(-1) + epsilon) / (cost_limits + epsilon)
+        kappa = np.asarray(cost_limits, float)  # [K]
+        epsilon = np.where(kappa == 0, 1.0, 0.0)
+        return (self.costs.mean(-1) + epsilon) / (kappa + epsilon)
+
+    def rows(self, seeds: Sequence[int], cost_limits: Sequence[float]) -> list[dict[str, Any]]:
+        """One row of results per run, seed by seed."""
+        reward, cost = self.normalized_reward(), self.normalized_cost(cost_limits)
+        return [
+            {
+                "cost_limit": limit,
+                "seed": seed,
+                "reward": float(self.rewards[s, k].mean()),
+                "cost": float(self.costs[s, k].mean()),
+                "normalized_reward": float(reward[s, k]),
+                "normalized_cost": float(cost[s, k]),
+                "episode_rewards": self.rewards[s, k].tolist(),
+                "episode_costs": self.costs[s, k].tolist(),
+            }
+            for s, seed in enumerate(seeds)
+            for k, limit in enumerate(cost_limits)
+        ]
+
+
+def mean_scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The means over all runs, and whether that is safe: mean normalised cost <= 1 (DSRL)."""
+    reward = float(np.mean([row["normalized_reward"] for row in rows]))
+    cost = float(np.mean([row["normalized_cost"] for row in rows]))
+    return {"normalized_reward": reward, "normalized_cost": cost, "safe": cost <= 1}
+
+
+def summary(results: dict[str, Any]) -> str:
+    """A table with a row per run, and the line a run ends with.
+
+    Args:
+        results: with task, data, seeds, cost_limits and runs, as in ``results.json``.
+    """
+    runs = results["runs"]
+    seeds = ", ".join(map(str, results["seeds"]))
+    limits = ", ".join(f"{limit:g}" for limit in results["cost_limits"])
+    tail = f"({len(runs)} runs: seeds {seeds} × limits {limits}; data {results['data']['source']})"
+    if "normalized_cost" not in runs[0]:
+        return f"{results['task']}  not evaluated  {tail}"
+    mean = mean_scores(runs)
+    shown = {"limit": "cost_limit", "reward": "normalized_reward", "cost": "normalized_cost"}
+    names = ("limit", "seed", "reward", "cost", "nu", "violation", "constraint_met")
+    names = [name for name in names if shown.get(name, name) in runs[0]]
+    lines = ["", "".join(f"{name:>10}" for name in names)]
+    for run in runs:
+        values = [run[shown.get(name, name)] for name in names]
+        cells = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in values]
+        cells[0] = f"{run['cost_limit']:g}"
+        lines.append("".join(f"{cell:>10}" for cell in cells))
+    lines.append(
+        f"\n{results['task']}  reward {mean['normalized_reward']:.2f}  "
+        f"cost {mean['normalized_cost']:.2f}  {'safe' if mean['safe'] else 'UNSAFE'}  {tail}"
+    )
+    return "\n".join(lines)
 
 
 class Evaluator:
@@ -92,30 +147,34 @@ class Evaluator:
         self.reward_range, *_ = [self.pool.submit(_reward_range, task) for _ in range(workers)]
 
     def evaluate(
-        self, config: dict, policies: list[dict[str, torch.Tensor]], seeds: list[int]
+        self, config: dict, parameters: dict[str, torch.Tensor], seeds: Sequence[int], limits: int
     ) -> Scores:
         """Play every policy.
 
         Args:
             config: the run's configuration, as in the saved policy.
-            policies: the parameters of each policy, by name.
-            seeds: [policies] training seed of each; it fixes the seeds of the episodes.
+            parameters: by name, [S, K, ...], or [S, 1, ...] where one policy serves all limits.
+            seeds: the S training seeds; they fix the seeds of the episodes.
+            limits: K, the number of cost limits.
         """
+        arrays = {name: p.detach().cpu().numpy() for name, p in parameters.items()}
+        per_seed = next(iter(arrays.values())).shape[1]
         units = [
             self.pool.submit(
                 _play,
                 self.task,
                 self.script,
                 config,
-                {name: tensor.cpu().numpy() for name, tensor in policy.items()},
-                [_episode_seed(seed, e) for e in range(first, min(first + n, self.episodes))],
+                {name: array[s, k] for name, array in arrays.items()},
+                [_episode_seed(seed, e) for e in range(self.episodes)[first:][:EPISODES_PER_UNIT]],
             )
-            for policy, seed in zip(policies, seeds, strict=True)
-            for n in (EPISODES_PER_UNIT,)
-            for first in range(0, self.episodes, n)
+            for s, seed in enumerate(seeds)
+            for k in range(per_seed)
+            for first in range(0, self.episodes, EPISODES_PER_UNIT)
         ]
-        played = np.concatenate([unit.result() for unit in units], axis=1)  # [2, policies * E]
-        rewards, costs = played.reshape(2, len(policies), self.episodes)
+        played = np.concatenate([unit.result() for unit in units], axis=1)
+        played = played.reshape(2, len(seeds), per_seed, self.episodes)
+        rewards, costs = played.repeat(limits // per_seed, axis=2)
         return Scores(rewards, costs, self.reward_range.result())
 
     def close(self) -> None:
@@ -209,22 +268,18 @@ class Args:
 
 
 def main() -> None:
-    from common.results import summarize
-
     args = parse_args(Args)
-    if args.episodes < 1:
-        raise UserError(f"--episodes {args.episodes}: at least one is needed")
+    check_numbers(args)
     try:
         saved = torch.load(args.policy, weights_only=True)
         task, seeds, limits = get_task(saved["task"]), saved["seeds"], saved["cost_limits"]
-    except Exception as error:
-        raise UserError(f"{args.policy}: not a policy.pt of a run ({error})") from None
-    runs = [(s, k) for s in range(len(seeds)) for k in range(len(limits))]
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{args.policy}: not the policy.pt of a run ({reason})") from None
     evaluator = Evaluator(task, saved["script"], args.episodes, args.workers)
-    policies = [{n: t[s, k] for n, t in saved["parameters"].items()} for s, k in runs]
-    scores = evaluator.evaluate(saved["config"], policies, [seeds[s] for s, _ in runs])
+    scores = evaluator.evaluate(saved["config"], saved["parameters"], seeds, len(limits))
     evaluator.close()
-    print(summarize(task, saved["data"], seeds, limits, scores))
+    print(summary({**saved, "runs": scores.rows(seeds, limits)}))
 
 
 if __name__ == "__main__":

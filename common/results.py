@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.cli import TrainingError, UserError
 from common.dataset import Dataset, Task
-from common.evaluation import Evaluator, Scores
+from common.evaluation import Evaluator, Scores, mean_scores, summary
 
 VERSIONED = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "pybullet")
 
@@ -136,16 +136,9 @@ class Run:
         due = step % self.args.eval_every == 0 or step == self.total_steps
         if self.evaluator is None or not due:
             return
-        policies, seeds = split_runs(parameters, self.seeds, len(self.cost_limits))
-        scores = self.evaluator.evaluate(self.config, policies, seeds)
-        shape = (len(self.seeds), len(self.cost_limits))
-        share = shape[0] * shape[1] // len(policies)  # limits that one policy stands for
-        self.scores = Scores(
-            scores.rewards.repeat(share, 0), scores.costs.repeat(share, 0), scores.reward_range
-        )
-        limits = np.tile(self.cost_limits, len(self.seeds))
-        reward = self.scores.normalized_reward().reshape(shape)
-        cost = self.scores.normalized_cost(limits).reshape(shape)
+        limits = self.cost_limits
+        self.scores = self.evaluator.evaluate(self.config, parameters, self.seeds, len(limits))
+        reward, cost = self.scores.normalized_reward(), self.scores.normalized_cost(limits)
         self.curve.append((step, reward, cost))
         self._write(stage, step, {"normalized_reward": reward, "normalized_cost": cost})
         self._show({"reward": f"{reward.mean():.2f}", "cost": f"{cost.mean():.2f}"})
@@ -200,22 +193,16 @@ class Run:
         )
         os.replace(part, self.folder / "policy.pt")
 
-    def _result_rows(self, final: dict[str, Any]) -> list[dict]:
-        rows = []
-        for s, seed in enumerate(self.seeds):
-            for k, limit in enumerate(self.cost_limits):
-                row: dict[str, Any] = {"cost_limit": limit, "seed": seed}
-                if self.scores is not None:
-                    r = s * len(self.cost_limits) + k
-                    row |= {
-                        "reward": float(self.scores.rewards[r].mean()),
-                        "cost": float(self.scores.costs[r].mean()),
-                        "normalized_reward": float(self.curve[-1][1][s, k]),
-                        "normalized_cost": float(self.curve[-1][2][s, k]),
-                        "episode_rewards": self.scores.rewards[r].tolist(),
-                        "episode_costs": self.scores.costs[r].tolist(),
-                    }
-                rows.append(row | {name: x[s, k].item() for name, x in final.items()})
+    def _result_rows(self, final: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.scores is not None:
+            rows = self.scores.rows(self.seeds, self.cost_limits)
+        else:
+            rows = [{"cost_limit": k, "seed": s} for s in self.seeds for k in self.cost_limits]
+        shape = (len(self.seeds), len(self.cost_limits))
+        for name, x in final.items():
+            values = np.asarray(x.cpu() if isinstance(x, Tensor) else x).reshape(shape[0], -1)
+            for row, value in zip(rows, np.broadcast_to(values, shape).flat, strict=True):
+                row[name] = value.item()
         return rows
 
     def _write(self, stage: str, step: int, values: dict[str, np.ndarray]) -> None:
@@ -286,53 +273,6 @@ class Run:
         figure.savefig(part, dpi=150)
         plt.close(figure)
         os.replace(part, self.folder / "curves.png")
-
-
-def split_runs(
-    parameters: dict[str, Tensor], seeds: tuple[int, ...], num_limits: int
-) -> tuple[list[dict[str, Tensor]], list[int]]:
-    """Stacked parameters, [S, K, ...] or [S, 1, ...], as one dictionary a policy, seed by seed."""
-    per_seed = next(iter(parameters.values())).shape[1]
-    assert per_seed in (1, num_limits)
-    policies = [
-        {name: p[s, k].detach() for name, p in parameters.items()}
-        for s in range(len(seeds))
-        for k in range(per_seed)
-    ]
-    return policies, [seed for seed in seeds for _ in range(per_seed)]
-
-
-def mean_scores(runs: list[dict]) -> dict[str, Any]:
-    """The means over all runs, and whether that is safe: mean normalised cost <= 1 (DSRL)."""
-    reward = float(np.mean([run["normalized_reward"] for run in runs]))
-    cost = float(np.mean([run["normalized_cost"] for run in runs]))
-    return {"normalized_reward": reward, "normalized_cost": cost, "safe": cost <= 1}
-
-
-def summary(results: dict[str, Any]) -> str:
-    """A table with a row per run, and the line a run ends with."""
-    limits = ", ".join(f"{x:g}" for x in results["cost_limits"])
-    seeds = ", ".join(map(str, results["seeds"]))
-    runs = results["runs"]
-    tail = f"({len(runs)} runs: seeds {seeds} × limits {limits}; data {results['data']['source']})"
-    if "safe" not in results:
-        return f"{results['task']}  not evaluated  {tail}"
-    extra = [name for name in ("nu", "violation", "constraint_met") if name in runs[0]]
-    lines = ["", "  ".join(f"{name:>10}" for name in ("limit", "seed", "reward", "cost", *extra))]
-    for run in runs:
-        cells = [f"{run['cost_limit']:g}", run["seed"]]
-        cells += [f"{run['normalized_reward']:.2f}", f"{run['normalized_cost']:.2f}"]
-        cells += [f"{x:.2f}" if isinstance(x := run[n], float) else str(x) for n in extra]
-        lines.append("  ".join(f"{cell:>10}" for cell in cells))
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{results['task']}  reward {results['normalized_reward']:.2f}  "
-            f"cost {results['normalized_cost']:.2f}  {'safe' if results['safe'] else 'UNSAFE'}  "
-            f"{tail}",
-        ]
-    )
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,0 +1,211 @@
+"""Scripts as a user runs them: what a run leaves behind, and what bad input gets to hear."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from algorithms import presa
+from common.dataset import file_sha256
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    *("--data", "bundled", "--num-pairs", "200", "--bc-steps", "40", "--steps", "60"),
+    *("--hidden-size", "32", "--device", "cpu"),
+    *("--eval-every", "50", "--log-every", "20", "--eval-episodes", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small run of the real command, from another folder."""
+    where = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, ROOT / "algorithms" / "presa.py", *SMALL, "--seeds", "0", "2"]
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (where / "runs" / "presa" / "BallRun").iterdir()
+    return folder, done
+
+
+def test_a_run_leaves_its_files_and_nothing_else(finished):
+    folder, done = finished
+    names = {"config.json", "metrics.csv", "results.json", "policy.pt", "curves.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.parents[3].iterdir()} == {"runs"}
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("BallRun  reward ")
+    assert last.endswith("safe  (6 runs: seeds 0, 2 × limits 10, 20, 40; data bundled)") or (
+        last.endswith("UNSAFE  (6 runs: seeds 0, 2 × limits 10, 20, 40; data bundled)")
+    )
+
+
+def test_results_hold_what_a_table_needs(finished):
+    folder, _ = finished
+    results = json.loads((folder / "results.json").read_text())
+    assert results["algorithm"] == "presa" and results["task"] == "BallRun"
+    bundled = "common/bundled/SafetyBallRun.hdf5"
+    sha256 = file_sha256(ROOT / bundled)
+    assert results["data"] == {"source": "bundled", "path": bundled, "sha256": sha256}
+    assert results["cost_limits"] == [10, 20, 40] and results["seeds"] == [0, 2]
+    assert results["eval_episodes"] == 2 and results["checkpoint"] == "last"
+    assert {"torch", "numpy", "pybullet", "python"} <= set(results["versions"])
+    assert results["wall_seconds"] > 0
+    assert [(run["seed"], run["cost_limit"]) for run in results["runs"]] == [
+        (seed, limit) for seed in (0, 2) for limit in (10, 20, 40)
+    ]
+    for run in results["runs"]:
+        assert run["reward"] == pytest.approx(np.mean(run["episode_rewards"]))
+        low, high = 26.339754104614258, 1327.445556640625  # DSRL's BallRun
+        assert run["normalized_reward"] == pytest.approx((run["reward"] - low) / (high - low))
+        assert run["normalized_cost"] == pytest.approx(run["cost"] / run["cost_limit"])
+        assert run["constraint_met"] == (run["violation"] <= 0)
+        assert run["nu"] > 0 and 0 < run["weighted_probability"] < 2
+    cost = np.mean([run["normalized_cost"] for run in results["runs"]])
+    assert results["normalized_cost"] == pytest.approx(cost)
+    assert results["safe"] == (cost <= 1)
+
+
+def test_metrics_have_a_row_per_run_and_interval(finished):
+    folder, _ = finished
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    logged = [row for row in rows if row["loss"]]
+    played = [row for row in rows if row["normalized_reward"]]
+    assert [int(row["step"]) for row in logged[::6]] == [20, 40, 60, 80, 100]
+    assert [row["stage"] for row in logged[::6]] == ["bc", "bc", "align", "align", "align"]
+    assert [int(row["step"]) for row in played[::6]] == [50, 100]
+    assert {row["cost_limit"] for row in logged[:6]} == {"10.0", "20.0", "40.0"}
+    for name in ("preference_loss", "violation", "nu", "weighted_probability", "z_ref"):
+        assert all(np.isfinite(float(row[name])) for row in logged if row["stage"] == "align")
+
+
+def test_policy_loads_without_pickled_code(finished):
+    saved = torch.load(finished[0] / "policy.pt", weights_only=True)
+    assert saved["parameters"]["hidden1.weight"].shape == (2, 3, 32, 7)
+    assert saved["script"] == "algorithms/presa.py"
+
+
+def test_same_command_same_results(finished, tmp_path, run_script):
+    code, _, _ = run_script(presa.main, *SMALL, "--seeds", 0, 2, "--output-dir", tmp_path)
+    assert code == 0
+    (folder,) = (tmp_path / "presa" / "BallRun").iterdir()
+    first, second = (
+        json.loads((path / "results.json").read_text()) for path in (finished[0], folder)
+    )
+    for results in (first, second):
+        del results["wall_seconds"], results["config"]["output_dir"]
+    assert first == second
+    assert (finished[0] / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
+
+
+def test_training_needs_no_simulator(two_armed, tmp_path):
+    """Where none can be imported, training and its files work with --eval-episodes 0."""
+    for name in ("gymnasium", "dsrl", "pybullet", "bullet_safety_gym"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not on this machine')\n")
+    flags = [*SMALL, "--data", two_armed, "--eval-episodes", "0", "--output-dir", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "algorithms" / "presa.py", *flags],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("BallRun  not evaluated  (3 runs")
+    (folder,) = (tmp_path / "out" / "presa" / "BallRun").iterdir()
+    assert not (folder / "curves.png").exists()
+    assert "safe" not in json.loads((folder / "results.json").read_text())
+
+
+def test_tracking_works_offline(two_armed, tmp_path, run_script, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    flags = [*SMALL, "--data", two_armed, "--eval-episodes", 0, "--output-dir", tmp_path / "out"]
+    code, _, error = run_script(presa.main, *flags, "--track")
+    assert code == 0, error
+    assert list((tmp_path / "out").rglob("offline-run-*/*.wandb"))
+
+
+def without_a_key(path: Path) -> Path:
+    with h5py.File(path, "a") as file:
+        del file["costs"]
+    return path
+
+
+def of_another_dataset(path: Path) -> Path:
+    out = path.with_suffix(".npz")
+    flags = ["--data", "bundled", "--output", out, "--num-pairs", "10"]
+    subprocess.run([sys.executable, ROOT / "common" / "feedback.py", *flags], check=True)
+    return out
+
+
+BAD = {
+    "unknown task": (["--task", "BalRun"], "--task BalRun", "BallRun"),
+    "unknown flag": (["--nu-rate", "1"], "--nu-rate", "--help"),
+    "wrong type": (["--steps", "many"], "--steps", "int"),
+    "wrong choice": (["--objective", "reward"], "--objective", "safety"),
+    "segment too long": (["--segment-length", "41"], "--segment-length 41", "40"),
+    "no segment": (["--segment-length", "0"], "--segment-length 0", "1 or more"),
+    "negative limit": (["--cost-limits", "10", "-5"], "--cost-limits", "0 or more"),
+    "limit nan": (["--cost-limits", "nan"], "--cost-limits", "finite"),
+    "limit twice": (["--cost-limits", "10", "10"], "--cost-limits", "different"),
+    "zero pairs": (["--num-pairs", "0"], "--num-pairs 0", "1 or more"),
+    "negative seed": (["--seeds", "-1"], "--seeds", "negative"),
+    "zero steps": (["--steps", "0"], "--steps 0", "1 or more"),
+    "negative rate": (["--lr", "-0.1"], "--lr -0.1", "0 or more"),
+    "rate nan": (["--lr", "nan"], "--lr nan", "finite"),
+    "share too large": (["--preference-noise", "1.5"], "--preference-noise 1.5", "between 0 and 1"),
+    "everything dropped": (["--dropout", "1"], "--dropout 1", "below 1"),
+    "all unsafe": (["--cost-limits", "10"], "--cost-limits 10", "labelled safe"),
+    "no such file": (["--data", "nowhere.hdf5"], "nowhere.hdf5", "no such file"),
+    "missing key": (["--data", without_a_key], "two_armed.hdf5", "costs is missing"),
+    "feedback of another dataset": (["--feedback", of_another_dataset], "--feedback", "made for"),
+    "no feedback": (["--feedback", "nowhere.npz"], "nowhere.npz", "not a readable"),
+    "unknown device": (["--device", "tpu"], "--device tpu", "cpu"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_with_one_line_and_code_2(name, two_armed, tmp_path, run_script):
+    flags, what, right = BAD[name]
+    if name == "all unsafe":
+        with h5py.File(two_armed, "a") as file:
+            file["costs"][:] = 1
+    flags = [flag(two_armed) if callable(flag) else flag for flag in flags]
+    base = ["--data", two_armed, "--output-dir", tmp_path / "out", "--eval-episodes", 0]
+    code, _, error = run_script(presa.main, *base, *flags)
+    assert code == 2
+    assert len(error.splitlines()) == 1, error
+    assert what in error and right in error
+    assert not (tmp_path / "out").exists(), "nothing is written"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_where_there_is_none(tmp_path, run_script):
+    flags = ["--data", "bundled", "--device", "cuda", "--output-dir", tmp_path / "out"]
+    code, _, error = run_script(presa.main, *flags)
+    assert code == 2 and "--device cuda" in error and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written(two_armed, tmp_path, run_script):
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file", Path("/proc/nowhere")):
+        flags = ["--data", two_armed, "--eval-episodes", 0, "--output-dir", place]
+        code, _, error = run_script(presa.main, *flags)
+        assert code == 2 and len(error.splitlines()) == 1
+        assert "--output-dir" in error and str(place) in error
+
+
+def test_bad_input_of_the_real_command():
+    command = [sys.executable, ROOT / "algorithms" / "presa.py", "--task", "BalRun", "--sede", "1"]
+    for flags in (command, command[:-2]):
+        done = subprocess.run(flags, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
