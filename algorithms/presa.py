@@ -70,7 +70,7 @@ class Args:
     num_pairs: int = 10_000
     """pairs of segments (paper, section 6.1)"""
     segment_length: int | None = None
-    """L, steps; default: the task's (measured, see README)"""
+    """L, steps; default: by a rule, see README"""
     preference_noise: float = 0.0
     """share of the preferences that are flipped; 1 turns every one round"""
     seeds: tuple[int, ...] = (0,)
@@ -92,27 +92,27 @@ class Args:
     delta: float = 0.95
     """delta, required mean probability of the right safety label (eq. 12; paper, Table 14)"""
     nu_init: float = 1.0
-    """nu at the start (measured)"""
+    """nu at the start (ours)"""
     nu_lr: float = 5e-2
     """step size of nu's ascent (measured)"""
 
     # ---- optimisation
     bc_steps: int = 1_500
-    """steps of behaviour cloning, before alignment (measured)"""
+    """steps of behaviour cloning, before alignment (ours)"""
     bc_lr: float = 1e-3
-    """learning rate of behaviour cloning, Adam (measured)"""
+    """learning rate of behaviour cloning, Adam (ours)"""
     bc_batch_size: int = 512
-    """transitions a step of behaviour cloning (measured)"""
+    """transitions a step of behaviour cloning (ours)"""
     steps: int = 3_000
     """steps of alignment (measured)"""
     lr: float = 1e-4
     """learning rate of alignment, Adam (measured)"""
     batch_size: int = 32
-    """pairs a step of alignment (measured)"""
+    """pairs a step of alignment (ours)"""
     hidden_size: int = 256
     """units of each of the two hidden layers (paper, B.4)"""
     dropout: float = 0.25
-    """probability of dropping a hidden unit while training (B.4 names no value; CPL's)"""
+    """probability of dropping a hidden unit while training (B.4 names no value; ours)"""
 
     # ---- evaluation and output
     eval_episodes: int = 20
@@ -249,7 +249,7 @@ def main() -> None:
 
     # ---- setup: nothing is written before all input is checked
     task = get_task(args.task)
-    cost_limits = args.cost_limits or task.cost_limits
+    cost_limits = task.cost_limits if args.cost_limits is None else args.cost_limits
     device = get_device(args.device)
     dataset = load_dataset(task, args.data)
     feedback = get_feedback(dataset, task, args, cost_limits)

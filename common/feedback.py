@@ -331,7 +331,7 @@ def main() -> None:
     task = get_task(args.task)
     check_numbers(args, shares=("preference_noise",))
     dataset = load_dataset(task, args.data)
-    limits = args.cost_limits or task.cost_limits
+    limits = task.cost_limits if args.cost_limits is None else args.cost_limits
     _check_flags(args.seeds, limits)
     feedback = _make(dataset, task, args, limits)
     _say_what_labels_tell(feedback)

@@ -80,7 +80,13 @@ class Run:
         self.last: dict[str, np.ndarray] = {}  # the means written last, [S, K] or [S] each
         self.shown: dict[str, str] = {}
         self.scores: Scores | None = None
-        self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, leave=False)
+        self.bar = tqdm(
+            total=total_steps,
+            unit="step",
+            dynamic_ncols=True,
+            leave=False,
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; a log file needs few lines
+        )
 
     def log(self, stage: str, step: int, metrics: dict[str, Tensor]) -> None:
         """Take the metrics of one step; every ``log_every`` steps, write their means.

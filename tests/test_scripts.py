@@ -154,6 +154,8 @@ BAD = {
     "segment too long": (["--segment-length", "41"], "--segment-length 41", "40"),
     "no segment": (["--segment-length", "0"], "--segment-length 0", "1 or more"),
     "negative limit": (["--cost-limits", "10", "-5"], "--cost-limits", "0 or more"),
+    "no limit": (["--cost-limits"], "--cost-limits", "one or more"),
+    "no seed": (["--seeds"], "--seeds", "one or more"),
     "limit nan": (["--cost-limits", "nan"], "--cost-limits", "finite"),
     "limit twice": (["--cost-limits", "10", "10"], "--cost-limits", "different"),
     "zero pairs": (["--num-pairs", "0"], "--num-pairs 0", "1 or more"),
