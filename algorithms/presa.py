@@ -27,10 +27,10 @@ tells safe segments from unsafe ones (a loss like KTO's); a Lagrange multiplier 
 
 Where we depart from the paper's text, or it is silent:
 - eta = lambda_u n_u / (lambda_s n_s). The text has the inverse, with which the paper's own eta =
-  0.1 pushes away from unsafe segments ten times harder than it pulls to safe ones, and the policy
-  runs off; read this way, it lands on the paper's numbers, and its Table 13 fits.
+  0.1 pushes away from unsafe segments ten times harder than it pulls to safe ones, and on BallRun
+  the policy runs off (README; --eta 10 is that reading); read this way it does what the paper says.
 - Equations 8 and 9 disagree (a mean over each class, or one over all segments). This is eq. 9.
-- z_ref carries no gradient (as in the paper) and is not clamped at zero (as it is in KTO).
+- z_ref is not clamped at zero (as it is in KTO); segments all have one length (6.1: "varying").
 
 Seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it over
 all. A seed fixes initial weights, segments, batches and dropout masks; the limit only the labels.
@@ -92,9 +92,9 @@ class Args:
     delta: float = 0.95
     """delta, required mean probability of the right safety label (eq. 12; paper, Table 14)"""
     nu_init: float = 1.0
-    """nu at the start (ours)"""
+    """nu at the start, objective presa (ours)"""
     nu_lr: float = 5e-2
-    """step size of nu's ascent (measured)"""
+    """step size of nu's ascent, objective presa (measured)"""
 
     # ---- optimisation
     bc_steps: int = 1_500
@@ -112,7 +112,7 @@ class Args:
     hidden_size: int = 256
     """units of each of the two hidden layers (paper, B.4)"""
     dropout: float = 0.25
-    """probability of dropping a hidden unit while training (B.4 names no value; ours)"""
+    """probability, in 1/256, of dropping a hidden unit (B.4 names no value; ours)"""
 
     # ---- evaluation and output
     eval_episodes: int = 20
@@ -147,7 +147,7 @@ class Policy(nn.Module):
 
 def log_prob(action_mean: Tensor, action: Tensor) -> Tensor:
     """log pi(a|s) = -|pi(s) - a|^2 up to a constant (B.4): [..., action_dim] twice -> [...]."""
-    return -(action_mean - action).square().sum(-1)
+    return -(action_mean - action).square().sum(-1)  # B.4
 
 
 def dropout_masks(shape: tuple[int, ...], rate: float, generator: torch.Generator) -> Tensor:
@@ -155,7 +155,7 @@ def dropout_masks(shape: tuple[int, ...], rate: float, generator: torch.Generato
 
     One draw of 64 random bits serves eight units: on a CPU eight times cheaper than a draw each.
     """
-    threshold = round(rate * 256)
+    threshold = min(round(rate * 256), 255)
     draws = torch.empty(-(-int(np.prod(shape)) // 8), dtype=torch.int64, device=generator.device)
     random_bytes = draws.random_(-(2**63), None, generator=generator).view(torch.uint8)
     keep = random_bytes[: int(np.prod(shape))].view(shape) >= threshold
@@ -253,12 +253,12 @@ def main() -> None:
     device = get_device(args.device)
     dataset = load_dataset(task, args.data)
     feedback = get_feedback(dataset, task, args, cost_limits)
-    starts, safe_label, has_preference = feedback.tensors(device)  # [S,P,2], [S,K,P,2], [S,P]
+    starts, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
     num_limits, num_pairs, length = safe_label.shape[1], starts.shape[1], feedback.segment_length
     weight = torch.vmap(torch.vmap(lambda y: class_weights(y, args.eta)))(safe_label)  # [S,K,P,2]
     observations = torch.from_numpy(dataset.observations).to(device)
     actions = torch.from_numpy(dataset.actions).to(device)
-    run = Run(args, __file__, task, dataset, cost_limits, args.bc_steps + args.steps)
+    run = Run(args, __file__, task, dataset, feedback, args.bc_steps + args.steps)
     policies, generators = [], []
     for seed in args.seeds:
         torch.manual_seed(seed)
@@ -331,10 +331,10 @@ def main() -> None:
         loss.sum().backward()
         optimizer.step()
         # 4. nu ascends, and stays non-negative
-        nu = (nu + nu_lr * metrics["violation"]).clamp(min=0)
+        nu = (nu + nu_lr * metrics["violation"]).clamp(min=0)  # eq. 14
         run.log("align", step, metrics)
         run.evaluate("align", step, parameters)
-    final = {"nu": nu, "constraint_met": run.last["violation"] <= 0}
+    final = {"nu": nu, "constraint_met": run.last["violation"] <= 0}  # the last row's mean
     run.finish(parameters, final, stage_ends=args.bc_steps)
 
 

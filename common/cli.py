@@ -41,7 +41,8 @@ def parse_args(args_class: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
             raise
         text = re.sub(r"\x1b\[[0-9;]*m", "", message.getvalue())
         lines = [re.sub(r"^[│|\s]+|[│|\s]+$", "", line) for line in text.splitlines()]
-        lines = [line for line in lines if line and not re.search(r"[─╭╰]|full helptext", line)]
+        # No frames and rules, drawn in ASCII where the terminal has nothing better.
+        lines = [x for x in lines if not re.search(r"^[-+\s]*$|[─╭╰]|^\+-|full helptext", x)]
         raise UserError(" ".join(lines) + "; --help lists every flag") from None
 
 

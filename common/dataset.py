@@ -19,31 +19,34 @@ class Task:
 
     name: str
     env_id: str
+    observation_dim: int
+    action_dim: int  # actions lie in [-1, 1]
     horizon: int  # T_max, steps: the longest episode
     cost_limits: tuple[float, ...]  # kappa, summed cost of an episode (DSRL's three)
     dsrl_file: str  # the name of DSRL's own dataset
     segment_length: int  # L, steps: the default, see the rule below
 
 
-def _bullet(name: str, horizon: int, dsrl_file: str) -> Task:
+def _bullet(name: str, observations: int, actions: int, horizon: int, dsrl_file: str) -> Task:
     # The shortest segments whose labels can tell the tightest limit from "any cost is unsafe"
     # (kappa_min * L / T_max >= 1), and at least 20 steps.
     limits = (10.0, 20.0, 40.0)
-    segment_length = max(20, -(-horizon // int(min(limits))))
-    return Task(name, f"Offline{name}-v0", horizon, limits, dsrl_file, segment_length)
+    length = max(20, -(-horizon // int(min(limits))))
+    env_id = f"Offline{name}-v0"
+    return Task(name, env_id, observations, actions, horizon, limits, dsrl_file, length)
 
 
 TASKS = {
     task.name: task
     for task in (
-        _bullet("BallRun", 100, "SafetyBallRun-v0-80-940.hdf5"),
-        _bullet("CarRun", 200, "SafetyCarRun-v0-40-651.hdf5"),
-        _bullet("DroneRun", 200, "SafetyDroneRun-v0-140-1990.hdf5"),
-        _bullet("AntRun", 200, "SafetyAntRun-v0-150-1816.hdf5"),
-        _bullet("BallCircle", 200, "SafetyBallCircle-v0-80-886.hdf5"),
-        _bullet("CarCircle", 300, "SafetyCarCircle-v0-100-1450.hdf5"),
-        _bullet("DroneCircle", 300, "SafetyDroneCircle-v0-100-1923.hdf5"),
-        _bullet("AntCircle", 500, "SafetyAntCircle-v0-200-5728.hdf5"),
+        _bullet("BallRun", 7, 2, 100, "SafetyBallRun-v0-80-940.hdf5"),
+        _bullet("CarRun", 7, 2, 200, "SafetyCarRun-v0-40-651.hdf5"),
+        _bullet("DroneRun", 17, 4, 200, "SafetyDroneRun-v0-140-1990.hdf5"),
+        _bullet("AntRun", 33, 8, 200, "SafetyAntRun-v0-150-1816.hdf5"),
+        _bullet("BallCircle", 8, 2, 200, "SafetyBallCircle-v0-80-886.hdf5"),
+        _bullet("CarCircle", 8, 2, 300, "SafetyCarCircle-v0-100-1450.hdf5"),
+        _bullet("DroneCircle", 18, 4, 300, "SafetyDroneCircle-v0-100-1923.hdf5"),
+        _bullet("AntCircle", 34, 8, 500, "SafetyAntCircle-v0-200-5728.hdf5"),
     )
 }
 
@@ -91,11 +94,11 @@ def find_dataset(task: Task, data: str) -> tuple[str, Path]:
     cache = Path(os.environ.get("DSRL_DATASET_DIR", Path.home() / ".dsrl" / "datasets"))
     dsrl, bundled = cache / task.dsrl_file, BUNDLED / f"Safety{task.name}.hdf5"
     if data == "auto":
-        data = "dsrl" if dsrl.is_file() or not bundled.is_file() else "bundled"
+        data = "dsrl" if _is_file(dsrl) or not bundled.is_file() else "bundled"
         if data == "bundled":
             print(f"!!! DSRL's own {dsrl} is not here: using the BUNDLED STAND-IN {bundled} !!!")
     if data == "dsrl":
-        if not dsrl.is_file():
+        if not _is_file(dsrl):
             raise UserError(
                 f"--data dsrl: {dsrl} is not there; put DSRL's file of that name into the folder "
                 "$DSRL_DATASET_DIR, or give another file with --data PATH"
@@ -109,10 +112,18 @@ def find_dataset(task: Task, data: str) -> tuple[str, Path]:
                 "give a file with --data PATH"
             )
         return "bundled", bundled
-    path = Path(data).expanduser()
-    if not path.is_file():
+    path = Path(data)
+    if not _is_file(path):
         raise UserError(f"--data {data}: no such file; give auto, dsrl, bundled or an HDF5 file")
     return "file", path.resolve()
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; one that may not be looked at counts as none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def load_dataset(task: Task, data: str = "auto") -> Dataset:
@@ -127,8 +138,18 @@ def load_dataset(task: Task, data: str = "auto") -> Dataset:
     """
     source, path = find_dataset(task, data)
     arrays = _read(path)
+    for key, want in (("observations", task.observation_dim), ("actions", task.action_dim)):
+        if arrays[key].shape[1] != want:
+            raise UserError(
+                f"{path}: {key} have {arrays[key].shape[1]} dimensions, but {task.name}'s have "
+                f"{want}; is it another task's file?"
+            )
+    outside = (np.abs(arrays["actions"]) > 1).mean()
+    if outside:  # the simulators clip as well, and a tanh policy cannot reach further
+        print(f"note: {outside:.2%} of the actions in {path} lie outside [-1, 1] and are clipped")
+        np.clip(arrays["actions"], -1, 1, out=arrays["actions"])
     flat = {key: arrays[key].reshape(-1) for key in ("rewards", "costs", "terminals", "timeouts")}
-    ends = np.flatnonzero((flat["terminals"] != 0) | (flat["timeouts"] != 0)) + 1
+    ends = np.flatnonzero(flat["terminals"] | flat["timeouts"]) + 1
     n = len(arrays["observations"])
     if len(ends) == 0:
         raise UserError(f"{path}: no episode ends; terminals or timeouts must be set at each end")
@@ -136,16 +157,21 @@ def load_dataset(task: Task, data: str = "auto") -> Dataset:
         ends = np.append(ends, n)
     starts = np.concatenate(([0], ends[:-1]))
     longest = int((ends - starts).max())
+    if longest < task.horizon:
+        print(
+            f"note: the longest episode in {path} has {longest} steps; {task.name} allows "
+            f"{task.horizon}: is it another task's file?"
+        )
     if longest > task.horizon:
         raise UserError(
             f"{path}: an episode is {longest} steps long, but {task.name}'s are at most "
             f"{task.horizon}; is it another task's file, or does it lack episode ends?"
         )
     return Dataset(
-        observations=arrays["observations"].astype(np.float32, copy=False),
-        actions=arrays["actions"].astype(np.float32, copy=False),
-        rewards=flat["rewards"].astype(np.float64),
-        costs=flat["costs"].astype(np.float64),
+        observations=arrays["observations"],
+        actions=arrays["actions"],
+        rewards=flat["rewards"],
+        costs=flat["costs"],
         episode_starts=starts,
         episode_ends=ends,
         source=source,
@@ -154,40 +180,54 @@ def load_dataset(task: Task, data: str = "auto") -> Dataset:
     )
 
 
+DTYPES = {
+    "observations": np.float32,
+    "actions": np.float32,
+    "rewards": np.float64,  # exact sums: labels and ties must not hang on rounding
+    "costs": np.float64,
+    "terminals": bool,
+    "timeouts": bool,
+}
+
+
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an HDF5 file, checked one by one and against each other."""
-    keys = ("observations", "actions", "rewards", "costs", "terminals", "timeouts")
     try:
         with h5py.File(path, "r") as file:
-            missing = [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]
+            missing = [key for key in DTYPES if not isinstance(file.get(key), h5py.Dataset)]
             if missing:
+                keys = ", ".join(DTYPES)
                 raise UserError(f"{path}: the key {missing[0]} is missing; a dataset has {keys}")
-            arrays = {key: file[key][()] for key in keys}
-    except (OSError, RuntimeError, KeyError) as error:  # what h5py raises on damaged files
-        reason = str(error).splitlines()[0]
+            n = file["observations"].shape[0] if file["observations"].shape else 0
+            if n == 0:
+                raise UserError(f"{path}: observations is empty; there must be an episode")
+            return {key: _checked(path, key, file[key], n) for key in DTYPES}
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable HDF5 file ({reason})") from None
-    n = len(arrays["observations"]) if arrays["observations"].ndim else 0
-    if n == 0:
-        raise UserError(f"{path}: observations is empty; a dataset has at least one episode")
-    for key, array in arrays.items():
-        if array.dtype.kind not in "fiub":
-            raise UserError(f"{path}: {key} holds {array.dtype}; it must hold numbers")
-        wide = key in ("observations", "actions")
-        if array.ndim != 2 if wide else array.shape[1:] not in ((), (1,)):
-            want = "[N, dimension]" if wide else "[N] or [N, 1]"
-            raise UserError(f"{path}: {key} has shape {list(array.shape)}; it must be {want}")
-        if len(array) != n:
-            raise UserError(
-                f"{path}: {key} has {len(array)} rows but observations {n}; they must be equal"
-            )
-        if not np.isfinite(array).all():
-            row = int(np.flatnonzero(~np.isfinite(array.reshape(n, -1)).all(1))[0])
-            raise UserError(f"{path}: {key} is not finite in row {row}; every number must be")
-    if np.abs(arrays["actions"]).max() > 1:
-        raise UserError(f"{path}: an action lies outside [-1, 1], the box of every task here")
-    if arrays["costs"].min() < 0:
+
+
+def _checked(path: Path, key: str, held: h5py.Dataset, n: int) -> np.ndarray:
+    wide = key in ("observations", "actions")
+    shape = held.shape or ()
+    if held.dtype.kind not in "fiub":
+        raise UserError(f"{path}: {key} holds {held.dtype}; it must hold numbers")
+    if (len(shape) != 2 or shape[1] == 0) if wide else (not shape or shape[1:] not in ((), (1,))):
+        want = "[N, dimension]" if wide else "[N] or [N, 1]"
+        raise UserError(f"{path}: {key} has shape {list(shape)}; it must be {want}")
+    if shape[0] != n:
+        raise UserError(
+            f"{path}: {key} has {shape[0]} rows but observations {n}; they must be equal"
+        )
+    with np.errstate(over="ignore"):  # a number too large becomes inf, and is refused as that
+        array = held[()].astype(DTYPES[key], copy=False)
+    finite = np.isfinite(array)
+    if not finite.all():
+        row = int(np.flatnonzero(~finite.reshape(n, -1).all(1))[0])
+        raise UserError(f"{path}: {key} is not finite in row {row}; every number must be")
+    if key == "costs" and array.min() < 0:
         raise UserError(f"{path}: a cost is negative; costs must be 0 or more")
-    return arrays
+    return array
 
 
 def file_sha256(path: Path) -> str:

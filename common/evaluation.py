@@ -14,7 +14,7 @@ import contextlib
 import importlib.util
 import multiprocessing
 import os
-import pickle
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -120,7 +120,9 @@ def summary(results: dict[str, Any]) -> str:
 class Evaluator:
     """Worker processes, one a core, that live as long as the run."""
 
-    def __init__(self, task: Task, script: str, episodes: int, workers: int | None = None):
+    def __init__(
+        self, task: Task, script: str, episodes: int, policies: int, workers: int | None = None
+    ):
         """Start the workers.
 
         Args:
@@ -128,19 +130,19 @@ class Evaluator:
             script: the algorithm's file, relative to the project, whose ``load_policy`` rebuilds
                 a policy from its configuration and parameters.
             episodes: to play with each policy.
-            workers: processes; as many as there are cores when None. Changes no number.
+            policies: how many there will be, so that no worker is started for nothing.
+            workers: processes; by default one a core, where there is work for it. No number
+                depends on it.
 
         Raises:
             UserError: a simulator is not installed.
         """
         for package in ("gymnasium", "dsrl", "bullet_safety_gym", "pybullet"):
             if importlib.util.find_spec(package) is None:
-                raise UserError(
-                    f"--eval-episodes {episodes}: the simulator package {package} is not installed "
-                    "(Python 3.10 or 3.11, see the README); train without it: --eval-episodes 0"
-                )
+                raise UserError(no_simulator(package))
         self.task, self.script, self.episodes = task, script, episodes
-        workers = workers or len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = workers or min(cores, policies * -(-episodes // EPISODES_PER_UNIT))
         spawn = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
         # Asked of each, so that all of them start now and import while training goes on.
@@ -182,12 +184,21 @@ class Evaluator:
         self.pool.shutdown(cancel_futures=True)
 
 
+def no_simulator(reason: object) -> str:
+    """The sentence for a machine without the simulators."""
+    return (
+        f"evaluation needs the simulators, and {reason} cannot be imported: install them on Python "
+        "3.10 or 3.11 as the README says, or train without them (--eval-episodes 0)"
+    )
+
+
 def _episode_seed(seed: int, episode: int) -> int:
     return int(np.random.SeedSequence((seed, episode)).generate_state(1)[0])
 
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the script itself ends on Ctrl-C, once
     # The simulators greet on stdout, from C too; a worker has nothing to say there.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -196,9 +207,11 @@ def _simulators():
     """Import the simulators; dsrl registers the environments and knows the reference returns."""
     os.environ["DSRL_SUPPRESS_IMPORT_ERROR"] = "1"  # metadrive is not used and not installed
     warnings.filterwarnings("ignore")
-    import dsrl.infos
-    import gymnasium
-
+    try:
+        import dsrl.infos
+        import gymnasium
+    except ImportError as error:
+        raise UserError(no_simulator(error.name)) from None
     gymnasium.logger.set_level(gymnasium.logger.ERROR)
     return gymnasium, dsrl.infos
 
@@ -216,11 +229,12 @@ def _play(task: Task, script: str, config: dict, parameters: dict, seeds: list[i
 
 def load_script(script: str) -> ModuleType:
     """Import an algorithm's file by its name, e.g. ``algorithms/presa.py``."""
-    name = Path(script).stem
+    name = f"algorithms.{Path(script).stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / script)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # where its dataclasses look themselves up
+        spec.loader.exec_module(module)
     return sys.modules[name]
 
 
@@ -262,7 +276,7 @@ class Args:
     policy: tyro.conf.Positional[Path]
     """policy.pt of a run"""
     episodes: int = 20
-    """episodes a policy (METHOD: 20)"""
+    """episodes a policy (20 in the README)"""
     workers: int | None = None
     """worker processes; default: one a core"""
 
@@ -270,13 +284,19 @@ class Args:
 def main() -> None:
     args = parse_args(Args)
     check_numbers(args)
+    keys = ("script", "task", "data", "config", "seeds", "cost_limits", "parameters")
     try:
         saved = torch.load(args.policy, weights_only=True)
-        task, seeds, limits = get_task(saved["task"]), saved["seeds"], saved["cost_limits"]
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{args.policy}: not the policy.pt of a run ({reason})") from None
-    evaluator = Evaluator(task, saved["script"], args.episodes, args.workers)
+        script, task, _, _, seeds, limits, _ = map(dict(saved).__getitem__, keys)
+        task = get_task(task)
+    except OSError as error:
+        raise UserError(f"{args.policy}: cannot be read ({error.strerror})") from None
+    except Exception:  # what unpickling a file of another kind raises is anyone's guess
+        raise UserError(f"{args.policy}: not the policy.pt that a run leaves") from None
+    if not (ROOT / script).is_file():
+        raise UserError(f"{args.policy}: its script {script} is not here")
+    policies = len(seeds) * len(limits)
+    evaluator = Evaluator(task, script, args.episodes, policies, args.workers)
     scores = evaluator.evaluate(saved["config"], saved["parameters"], seeds, len(limits))
     evaluator.close()
     print(summary({**saved, "runs": scores.rows(seeds, limits)}))

@@ -19,7 +19,6 @@ serves the safety term alone.
 
 import os
 import sys
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import UserError, check_numbers, parse_args, run_main
-from common.dataset import Dataset, Task, get_task, load_dataset
+from common.dataset import Dataset, Task, file_sha256, get_task, load_dataset
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Feedback:
     seeds: tuple[int, ...]
     cost_limits: tuple[float, ...]
     dataset_sha256: str
-    source: str = "synthetic"  # or the file it was loaded from
+    provenance: dict[str, Any]  # how it was made, or the file it was loaded from
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The feedback as training wants it, of each pair the preferred segment first.
@@ -74,7 +73,7 @@ def make_feedback(
     Both segments of a pair are drawn independently and uniformly over all valid starts. The
     preferred one has the larger summed reward, ties are broken at random; a segment is safe iff
     its summed cost is at most kappa * L / T_max. A seed fixes everything drawn, and the first n
-    pairs are the same for every ``num_pairs`` >= n.
+    pairs are the same for every ``num_pairs`` >= n (before any are flipped).
 
     Args:
         preference_noise: share of the preferences that are flipped, exactly, after labelling.
@@ -114,8 +113,16 @@ def make_feedback(
         for k, limit in enumerate(cost_limits):
             safe = costs * task.horizon <= limit * segment_length  # no rounding: costs are whole
             safe_label[s, k] = np.where(safe, 1, -1)
+    provenance = {"source": "synthetic", "preference_noise": preference_noise}
     return Feedback(
-        starts, preference, safe_label, segment_length, seeds, cost_limits, dataset.sha256
+        starts,
+        preference,
+        safe_label,
+        segment_length,
+        seeds,
+        cost_limits,
+        dataset.sha256,
+        provenance,
     )
 
 
@@ -143,6 +150,7 @@ def save_feedback(feedback: Feedback, path: Path) -> None:
             seeds=np.array(feedback.seeds),
             cost_limits=np.array(feedback.cost_limits),
             dataset_sha256=feedback.dataset_sha256,
+            **feedback.provenance,
         )
     os.replace(part, path)
 
@@ -161,49 +169,58 @@ def load_feedback(
     where = f"--feedback {path}"
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{where}: not a readable .npz file ({error})") from None
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # a damaged archive can raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: not a readable .npz file ({reason})") from None
     from_people = "seeds" not in arrays
-    wanted = ["segment_starts", "preference", "safe_label", "segment_length", "dataset_sha256"]
-    for key in wanted if from_people else [*wanted, "seeds", "cost_limits"]:
+    shapes = {"segment_starts": 2, "preference": 1, "safe_label": 2, "segment_length": 0}
+    if not from_people:
+        shapes = {"segment_starts": 3, "preference": 2, "safe_label": 4, "segment_length": 0}
+        shapes |= {"seeds": 1, "cost_limits": 1}
+    for key in (*shapes, "dataset_sha256"):
         if key not in arrays:
             raise UserError(f"{where}: the key {key} is missing; common/feedback.py lists them")
+    for key, ndim in shapes.items():
+        array = arrays[key]
+        whole = array.dtype.kind in "iuf" and (key == "cost_limits" or (array == array // 1).all())
+        if array.ndim != ndim or not whole:
+            raise UserError(f"{where}: {key} must be an array of {ndim} axes of whole numbers")
     if str(arrays["dataset_sha256"]) != dataset.sha256:
         raise UserError(
             f"{where}: made for the dataset with SHA-256 {str(arrays['dataset_sha256'])[:12]}..., "
             f"not for {dataset.path} ({dataset.sha256[:12]}...); give the right one with --data"
         )
-    starts, preference = arrays["segment_starts"], arrays["preference"]
-    safe_label, length = arrays["safe_label"], int(arrays["segment_length"])
+    starts, preference, safe_label = (
+        arrays[key] for key in ("segment_starts", "preference", "safe_label")
+    )
     if from_people:
         if len(cost_limits) != 1:
             raise UserError(f"{where}: one set of labels; give its one limit with --cost-limits")
-        copies = (len(seeds),)
-        starts = np.broadcast_to(starts, copies + starts.shape)
-        preference = np.broadcast_to(preference, copies + preference.shape)
-        safe_label = np.broadcast_to(safe_label, (len(seeds), 1, *safe_label.shape))
+        copies = len(seeds)
+        starts, preference = starts[None].repeat(copies, 0), preference[None].repeat(copies, 0)
+        safe_label = safe_label[None, None].repeat(copies, 0)
     else:
-        if safe_label.shape[:2] != (len(arrays["seeds"]), len(arrays["cost_limits"])):
-            raise UserError(f"{where}: safe_label must be [seeds, cost_limits, pairs, 2]")
+        s, k = len(arrays["seeds"]), len(arrays["cost_limits"])
+        if (len(starts), len(preference), *safe_label.shape[:2]) != (s, s, s, k):
+            raise UserError(f"{where}: every array must have {s} seeds and {k} cost limits")
         take_seeds = _positions(where, "--seeds", seeds, arrays["seeds"].tolist())
-        take_limits = _positions(
-            where, "--cost-limits", cost_limits, arrays["cost_limits"].tolist()
-        )
+        limits = arrays["cost_limits"].tolist()
+        take_limits = _positions(where, "--cost-limits", cost_limits, limits)
         starts, preference = starts[take_seeds], preference[take_seeds]
         safe_label = safe_label[take_seeds][:, take_limits]
-    feedback = Feedback(
+    _check(where, starts, preference, safe_label, int(arrays["segment_length"]), dataset)
+    made = {k: arrays[k].item() for k in ("source", "preference_noise") if k in arrays}
+    return Feedback(
         np.ascontiguousarray(starts, np.int64),
         np.ascontiguousarray(preference, np.int8),
         np.ascontiguousarray(safe_label, np.int8),
-        length,
+        int(arrays["segment_length"]),
         seeds,
         cost_limits,
         dataset.sha256,
-        source=str(path),
+        {"source": "people", **made, "path": str(path), "sha256": file_sha256(path)},
     )
-    _check(where, feedback, dataset)
-    return feedback
 
 
 def _positions(where: str, flag: str, asked: tuple, held: list) -> list[int]:
@@ -213,21 +230,27 @@ def _positions(where: str, flag: str, asked: tuple, held: list) -> list[int]:
     return [held.index(x) for x in asked]
 
 
-def _check(where: str, feedback: Feedback, dataset: Dataset) -> None:
-    s, p = feedback.preference.shape[0], feedback.preference.shape[-1]
-    if feedback.segment_starts.shape != (s, p, 2) or p == 0:
+def _check(
+    where: str,
+    starts: np.ndarray,  # [S, P, 2]
+    preference: np.ndarray,  # [S, P]
+    safe_label: np.ndarray,  # [S, K, P, 2]
+    length: int,
+    dataset: Dataset,
+) -> None:
+    p = preference.shape[1]
+    if starts.shape[1:] != (p, 2) or p == 0:
         raise UserError(f"{where}: segment_starts must be [pairs, 2] with at least one pair")
-    if feedback.safe_label.shape != (s, len(feedback.cost_limits), p, 2):
+    if safe_label.shape[2:] != (p, 2):
         raise UserError(f"{where}: safe_label must be [pairs, 2], one label a segment")
-    if not np.isin(feedback.preference, (-1, 0, 1)).all():
+    if not np.isin(preference, (-1, 0, 1)).all():
         raise UserError(f"{where}: preference must be 0, 1, or -1 for none")
-    if not np.isin(feedback.safe_label, (-1, 1)).all():
+    if not np.isin(safe_label, (-1, 1)).all():
         raise UserError(f"{where}: safe_label must be +1 (safe) or -1 (unsafe)")
-    starts = feedback.segment_starts
-    if feedback.segment_length < 1 or starts.min() < 0 or starts.max() >= len(dataset.rewards):
+    if length < 1 or starts.min() < 0 or starts.max() >= len(dataset.rewards):
         raise UserError(f"{where}: a segment lies outside the dataset {dataset.path}")
     episode = np.searchsorted(dataset.episode_ends, starts, side="right")
-    if (starts + feedback.segment_length > dataset.episode_ends[episode]).any():
+    if (starts + length > dataset.episode_ends[episode]).any():
         raise UserError(f"{where}: a segment crosses the end of its episode")
 
 
@@ -258,6 +281,9 @@ def get_feedback(
             preference=whole.preference[:, : args.num_pairs],
             safe_label=whole.safe_label[:, :, : args.num_pairs],
         )
+        held, used = whole.preference.shape[1], feedback.preference.shape[1]
+        if used != args.num_pairs or used != held:
+            print(f"note: {used} of the {held} pairs in {args.feedback} are used")
         if args.segment_length not in (None, feedback.segment_length):
             raise UserError(
                 f"--segment-length {args.segment_length}: the segments of {args.feedback} have "
@@ -274,7 +300,8 @@ def _make(dataset: Dataset, task: Task, args: Any, cost_limits: tuple[float, ...
 
 
 def _check_flags(seeds: tuple[int, ...], cost_limits: tuple[float, ...]) -> None:
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+    in_range = all(0 <= seed < 2**63 for seed in seeds)
+    if not seeds or not in_range or len(set(seeds)) < len(seeds):
         raise UserError("--seeds: give one or more different whole numbers, none negative")
     if not cost_limits or len(set(cost_limits)) < len(cost_limits):
         raise UserError("--cost-limits: give one or more different numbers")
@@ -290,7 +317,7 @@ def _say_what_labels_tell(feedback: Feedback) -> None:
             if not safe[s, k].any():
                 raise UserError(
                     f"--cost-limits {limit:g}: no segment of seed {seed} is labelled safe, so "
-                    "there is nothing to learn from; give a larger limit or other data"
+                    "no policy can be called safe; give a larger limit or other data"
                 )
             if safe[s, k].all():
                 print(
@@ -300,7 +327,7 @@ def _say_what_labels_tell(feedback: Feedback) -> None:
     for low, high in indistinct_limits(feedback):
         print(
             f"warning: the limits {low:g} and {high:g} give the same safety labels; longer "
-            "segments (--segment-length) would tell them apart"
+            "segments, or more pairs, may tell them apart"
         )
 
 
@@ -330,6 +357,8 @@ def main() -> None:
     args = parse_args(Args)
     task = get_task(args.task)
     check_numbers(args, shares=("preference_noise",))
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output}: is a folder; give the name of a file in it")
     dataset = load_dataset(task, args.data)
     limits = task.cost_limits if args.cost_limits is None else args.cost_limits
     _check_flags(args.seeds, limits)

@@ -1,12 +1,15 @@
 """What a run leaves behind: configuration, metrics, scores, the policy and a picture."""
 
+import contextlib
 import csv
 import dataclasses
 import json
+import math
 import os
+import shutil
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.cli import TrainingError, UserError
+from common.cli import TrainingError, UserError, get_device
 from common.dataset import Dataset, Task
-from common.evaluation import Evaluator, Scores, mean_scores, summary
+from common.evaluation import ROOT, Evaluator, Scores, mean_scores, summary
+from common.feedback import Feedback
 
 VERSIONED = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "pybullet")
 
@@ -36,7 +40,7 @@ class Run:
         script: str,
         task: Task,
         dataset: Dataset,
-        cost_limits: tuple[float, ...],
+        feedback: Feedback,
         total_steps: int,
     ):
         """Make the folder and start the evaluation's workers.
@@ -47,33 +51,42 @@ class Run:
             script: path of the algorithm's file.
             task: what is trained on.
             dataset: and its data.
-            cost_limits: K of them.
+            feedback: what it is told, for K cost limits.
             total_steps: gradient steps of all stages.
 
         Raises:
             UserError: the folder cannot be made, or a simulator is missing.
         """
         self.args, self.task, self.dataset = args, task, dataset
-        self.seeds, self.cost_limits = args.seeds, cost_limits
+        self.seeds, self.cost_limits = args.seeds, feedback.cost_limits
         self.total_steps = total_steps
-        self.script = f"algorithms/{Path(script).name}"
+        self.script = str(Path(script).resolve().relative_to(ROOT))
         self.algorithm = Path(script).stem
         self.started = time.time()
         self.config = {
             key: str(value) if isinstance(value, Path) else value
             for key, value in dataclasses.asdict(args).items()
-        } | {"seeds": list(args.seeds), "cost_limits": list(cost_limits)}
+        } | {
+            # what the flags came to
+            "seeds": list(args.seeds),
+            "cost_limits": list(feedback.cost_limits),
+            "segment_length": feedback.segment_length,
+            "num_pairs": feedback.preference.shape[1],
+            "device": str(get_device(args.device)),
+            "feedback": feedback.provenance,
+        }
         self.evaluator = None
         if args.eval_episodes:
-            self.evaluator = Evaluator(task, self.script, args.eval_episodes)
+            policies = len(args.seeds) * len(feedback.cost_limits)
+            self.evaluator = Evaluator(task, self.script, args.eval_episodes, policies)
         self.folder = _make_folder(args.output_dir / self.algorithm / task.name)
+        self.tracker = _start_wandb(self) if args.track else None
         write_json(
             self.folder / "config.json",
             {"algorithm": self.algorithm, "data": dataset.provenance, **self.config},
         )
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
         self.columns: list[str] = []
-        self.tracker = _start_wandb(self) if args.track else None
         self.curve: list[tuple[int, np.ndarray, np.ndarray]] = []  # step, reward, cost [S, K]
         self.pending: list[dict[str, Tensor]] = []
         self.pending_stage = ""
@@ -157,7 +170,7 @@ class Run:
             final: columns of the results, [S, K] each, beside the metrics logged last.
             stage_ends: step at which pretraining stopped, drawn as a line.
         """
-        self._end()
+        self.bar.close()
         self.save_policy(parameters)
         results = {
             "algorithm": self.algorithm,
@@ -167,8 +180,7 @@ class Run:
             "seeds": list(self.seeds),
             "eval_episodes": self.args.eval_episodes,
             "checkpoint": "last",
-            "versions": {p: version(p) for p in VERSIONED if _installed(p)}
-            | {"python": sys.version.split()[0]},
+            "versions": {"python": sys.version.split()[0], **_versions()},
             "config": self.config,
             "wall_seconds": round(time.time() - self.started, 1),
             "runs": self._result_rows({**self.last, **final}),
@@ -180,6 +192,7 @@ class Run:
             self._draw(stage_ends)
         print(f"{self.folder}/: config.json metrics.csv results.json policy.pt", end="")
         print(" curves.png" if self.curve else "")
+        self._end()
         print(summary(results))
 
     def save_policy(self, parameters: dict[str, Tensor]) -> None:
@@ -208,7 +221,8 @@ class Run:
         for name, x in final.items():
             values = np.asarray(x.cpu() if isinstance(x, Tensor) else x).reshape(shape[0], -1)
             for row, value in zip(rows, np.broadcast_to(values, shape).flat, strict=True):
-                row[name] = value.item()
+                value = value.item()
+                row[name] = None if isinstance(value, float) and math.isnan(value) else value
         return rows
 
     def _write(self, stage: str, step: int, values: dict[str, np.ndarray]) -> None:
@@ -231,7 +245,7 @@ class Run:
         columns = list(dict.fromkeys([*self.columns, *self.rows[-1]]))
         path = self.folder / "metrics.csv"
         part = path if columns == self.columns else path.with_name("metrics.csv.part")
-        with open(part, "a", newline="") as file:
+        with open(part, "a" if part == path else "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             if part != path:
                 writer.writeheader()
@@ -284,7 +298,7 @@ class Run:
 def write_json(path: Path, content: dict) -> None:
     """Write a file that appears under its name only when whole."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     os.replace(part, path)
 
 
@@ -308,20 +322,26 @@ def _make_folder(parent: Path) -> Path:
     raise UserError(f"--output-dir: {parent} has too many runs of this second")
 
 
-def _installed(package: str) -> bool:
-    try:
-        version(package)
-    except ModuleNotFoundError:  # importlib's PackageNotFoundError is one
-        return False
-    return True
+def _versions() -> dict[str, str]:
+    """Of the packages that numbers depend on, those installed."""
+    found = {}
+    for package in VERSIONED:
+        with contextlib.suppress(PackageNotFoundError):  # a machine without the simulators
+            found[package] = version(package)
+    return found
 
 
 def _start_wandb(run: Run) -> Any:
     import wandb
 
-    return wandb.init(
-        project="presa",
-        name=f"{run.algorithm}/{run.task.name}/{run.folder.name}",
-        config=run.config | {"data": run.dataset.provenance},
-        dir=run.folder,
-    )
+    try:
+        return wandb.init(
+            project="presa",
+            name=f"{run.algorithm}/{run.task.name}/{run.folder.name}",
+            config=run.config | {"data": run.dataset.provenance},
+            dir=run.folder,
+        )
+    except wandb.Error as error:
+        shutil.rmtree(run.folder)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--track: {reason}; WANDB_MODE=offline needs no account") from None

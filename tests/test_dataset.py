@@ -33,7 +33,7 @@ def test_auto_says_loudly_that_it_takes_the_bundled_file(tmp_path, monkeypatch, 
 
 def test_auto_takes_dsrls_file_where_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DSRL_DATASET_DIR", str(tmp_path))
-    write_dataset(tmp_path / TASK.dsrl_file, **two_armed_arrays())
+    write_dataset(tmp_path / TASK.dsrl_file, **two_armed_arrays(length=TASK.horizon))
     assert load_dataset(TASK, "auto").source == "dsrl"
     assert capsys.readouterr().out == ""
 
@@ -48,6 +48,14 @@ def test_episodes_end_at_terminals_and_timeouts_and_columns_are_fine(tmp_path):
     assert dataset.episode_starts.tolist() == [0, 5, 10, 20]
     assert dataset.episode_ends.tolist() == [5, 10, 20, 30]
     assert dataset.rewards.shape == dataset.costs.shape == (30,)
+
+
+def test_actions_beyond_the_box_are_clipped_and_said_so(tmp_path, capsys):
+    arrays = two_armed_arrays()
+    arrays["actions"][0] = (1.5, -2)
+    dataset = load_dataset(TASK, str(write_dataset(tmp_path / "wide.hdf5", **arrays)))
+    assert dataset.actions[0].tolist() == [1, -1]
+    assert "outside [-1, 1] and are clipped" in capsys.readouterr().out
 
 
 def broken(key, value):
@@ -70,7 +78,10 @@ BROKEN = {
     "text": (broken("rewards", lambda x: x.astype("S4")), "must hold numbers"),
     "no ends": (broken("timeouts", np.zeros_like), "no episode ends"),
     "endless": (broken("timeouts", lambda x: put(np.zeros_like(x), True)), "2392 steps long"),
-    "outside": (broken("actions", lambda x: put(x, 1.5)), r"outside \[-1, 1\]"),
+    "too large": (broken("actions", lambda x: put(x.astype(float), 1e300)), "not finite in row 3"),
+    "no width": (broken("actions", lambda x: x[:, :0]), "actions has shape"),
+    "scalar": (broken("rewards", lambda x: x[0]), "rewards has shape"),
+    "other dimensions": (broken("observations", lambda x: x[:, :5]), "5 dimensions"),
     "negative": (broken("costs", lambda x: put(x, -1)), "cost is negative"),
     "empty": (lambda a: a.update({k: v[:0] for k, v in a.items()}), "observations is empty"),
 }

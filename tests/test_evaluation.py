@@ -30,6 +30,8 @@ def test_task_agrees_with_dsrl_and_the_simulator(task):
         assert infos.DATASET_URLS[task.name].endswith("/" + task.dsrl_file)
         env = gymnasium.make(task.env_id)
         assert env.spec.max_episode_steps == task.horizon
+        assert env.observation_space.shape == (task.observation_dim,)
+        assert env.action_space.shape == (task.action_dim,)
         assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
         env.close()
 
@@ -40,7 +42,7 @@ def test_numbers_do_not_depend_on_workers_nor_on_what_was_played_before():
     parameters = {name: torch.stack((p, p))[:, None] for name, p in policy.items()}  # [2, 1, ...]
     scores = []
     for workers in (1, 2):
-        evaluator = Evaluator(TASK, "algorithms/presa.py", episodes=7, workers=workers)
+        evaluator = Evaluator(TASK, "algorithms/presa.py", episodes=7, policies=6, workers=workers)
         for _ in range(2):
             scores.append(evaluator.evaluate({}, parameters, (0, 1), limits=3))
         evaluator.close()
@@ -114,13 +116,21 @@ def test_saved_policy_evaluates_to_what_its_run_said(tmp_path, run_script):
 def test_a_missing_simulator_is_named(monkeypatch):
     monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(evaluation.UserError, match="--eval-episodes 0"):
-        Evaluator(TASK, "algorithms/presa.py", episodes=1)
+        Evaluator(TASK, "algorithms/presa.py", episodes=1, policies=1)
 
 
-@pytest.mark.parametrize("content", [None, b"no policy"])
+@pytest.mark.parametrize("content", [None, b"", b"no policy", b"(", b"PK\x03\x04"])
 def test_what_is_no_policy_is_refused(content, tmp_path, run_script):
     path = tmp_path / "policy.pt"
     if content is not None:
         path.write_bytes(content)
     code, _, error = run_script(evaluation.main, path)
     assert code == 2 and len(error.splitlines()) == 1 and str(path) in error
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [1], None, {"task": "BallRun"}])
+def test_a_saved_thing_that_is_no_policy_is_refused(content, tmp_path, run_script):
+    path = tmp_path / "policy.pt"
+    torch.save(content, path)
+    code, _, error = run_script(evaluation.main, path)
+    assert code == 2 and "not the policy.pt" in error

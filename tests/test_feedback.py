@@ -142,6 +142,7 @@ def test_tensors_put_the_preferred_segment_first():
         seeds=(0,),
         cost_limits=(10.0,),
         dataset_sha256="",
+        provenance={},
     )
     starts, label, has_preference = feedback.tensors(torch.device("cpu"))
     assert starts.tolist() == [[[10, 20], [40, 30], [50, 60]]]
@@ -157,7 +158,7 @@ def test_a_file_holds_what_was_saved(ragged, tmp_path):
     np.testing.assert_array_equal(loaded.segment_starts[0], saved.segment_starts[1])
     np.testing.assert_array_equal(loaded.preference[0], saved.preference[1])
     np.testing.assert_array_equal(loaded.safe_label[0], saved.safe_label[1][[2, 0]])
-    assert loaded.segment_length == 20 and loaded.source == str(path)
+    assert loaded.segment_length == 20 and loaded.provenance["path"] == str(path)
 
 
 PEOPLE = {
@@ -187,10 +188,16 @@ def test_labels_from_people(ragged, tmp_path):
         ({"preference": np.array([0, 2, 0])}, "0, 1, or -1"),
         ({"safe_label": np.zeros((3, 2))}, "safe_label must be"),
         ({"safe_label": np.ones((2, 2))}, "safe_label must be"),
-        ({"segment_starts": np.zeros((3, 3))}, "segment_starts must be"),
+        ({"segment_starts": np.zeros((3, 3), int)}, "segment_starts must be"),
         ({"segment_starts": np.full((3, 2), 10**6)}, "outside the dataset"),
         ({"segment_starts": np.full((3, 2), 95)}, "crosses the end"),
         ({"segment_length": 0}, "outside the dataset"),
+        ({"segment_length": 10.5}, "segment_length must be an array of 0 axes of whole numbers"),
+        ({"segment_length": np.array([10, 10])}, "segment_length must be"),
+        ({"preference": np.array([0, 0.5, 1])}, "preference must be an array"),
+        ({"preference": np.array([0, np.nan, 1])}, "preference must be an array"),
+        ({"preference": np.array([0, 256, 1])}, "0, 1, or -1"),
+        ({"safe_label": np.array([["a", "b"]] * 3)}, "safe_label must be an array"),
     ],
 )
 def test_a_file_that_cannot_be_right_is_refused(ragged, tmp_path, change, sentence):
@@ -202,7 +209,9 @@ def test_a_file_that_cannot_be_right_is_refused(ragged, tmp_path, change, senten
 
 def test_a_file_that_is_no_file_of_ours_is_refused(ragged, tmp_path):
     path = tmp_path / "feedback.npz"
-    for content in (b"", b"not a zip file", b"PK\x03\x04 truncated"):
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    npy = (tmp_path / "array.npy").read_bytes()
+    for content in (b"", b"not a zip file", b"PK\x03\x04 truncated", npy):
         path.write_bytes(content)
         with pytest.raises(UserError, match="not a readable"):
             load_feedback(path, ragged, (0,), (20.0,))

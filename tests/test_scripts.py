@@ -101,6 +101,7 @@ def test_same_command_same_results(finished, tmp_path, run_script):
     )
     for results in (first, second):
         del results["wall_seconds"], results["config"]["output_dir"]
+        assert results["config"]["segment_length"] == 20 and results["config"]["num_pairs"] == 200
     assert first == second
     assert (finished[0] / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
 
@@ -160,12 +161,14 @@ BAD = {
     "limit twice": (["--cost-limits", "10", "10"], "--cost-limits", "different"),
     "zero pairs": (["--num-pairs", "0"], "--num-pairs 0", "1 or more"),
     "negative seed": (["--seeds", "-1"], "--seeds", "negative"),
+    "seed too large": (["--seeds", str(2**63)], "--seeds", "whole numbers"),
     "zero steps": (["--steps", "0"], "--steps 0", "1 or more"),
     "negative rate": (["--lr", "-0.1"], "--lr -0.1", "0 or more"),
     "rate nan": (["--lr", "nan"], "--lr nan", "finite"),
     "share too large": (["--preference-noise", "1.5"], "--preference-noise 1.5", "between 0 and 1"),
     "everything dropped": (["--dropout", "1"], "--dropout 1", "below 1"),
     "all unsafe": (["--cost-limits", "10"], "--cost-limits 10", "labelled safe"),
+    "another task's file": (["--task", "DroneRun"], "two_armed.hdf5", "7 dimensions"),
     "no such file": (["--data", "nowhere.hdf5"], "nowhere.hdf5", "no such file"),
     "missing key": (["--data", without_a_key], "two_armed.hdf5", "costs is missing"),
     "feedback of another dataset": (["--feedback", of_another_dataset], "--feedback", "made for"),
