@@ -10,7 +10,7 @@ preferences (contrastive preference learning) under the constraint that, read as
 tells safe segments from unsafe ones (a loss like KTO's); a Lagrange multiplier weighs the two:
 
     min_theta max_{nu >= 0}  E[-log sigmoid(alpha (Psi(s+) - Psi(s-)))]
-                             + nu E[w(y) (delta - sigmoid(y (beta Psi(s) - z_ref)))]        (eq. 15)
+                             + nu E[w(y) (delta - sigmoid(y (beta Psi(s) - z_ref)))]     (eq. 13-15)
 
     paper          here                    meaning
     sigma          segment                 L consecutive steps (s_t, a_t) of one episode

@@ -104,12 +104,13 @@ def summary(results: dict[str, Any]) -> str:
     shown = {"limit": "cost_limit", "reward": "normalized_reward", "cost": "normalized_cost"}
     names = ("limit", "seed", "reward", "cost", "nu", "violation", "constraint_met")
     names = [name for name in names if shown.get(name, name) in runs[0]]
-    lines = ["", "".join(f"{name:>10}" for name in names)]
+    widths = [max(len(name), 6) + 2 for name in names]
+    lines = ["", "".join(f"{name:>{w}}" for name, w in zip(names, widths, strict=True))]
     for run in runs:
         values = [run[shown.get(name, name)] for name in names]
         cells = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in values]
         cells[0] = f"{run['cost_limit']:g}"
-        lines.append("".join(f"{cell:>10}" for cell in cells))
+        lines.append("".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
     lines.append(
         f"\n{results['task']}  reward {mean['normalized_reward']:.2f}  "
         f"cost {mean['normalized_cost']:.2f}  {'safe' if mean['safe'] else 'UNSAFE'}  {tail}"

@@ -29,9 +29,8 @@ VERSIONED = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "pybull
 class Run:
     """The folder of one run of a script: S seeds x K cost limits, trained together.
 
-    ``metrics.csv`` grows while the run goes on; every other file appears when whole. Where a
-    tensor has leading dimensions [S, K], one policy is trained per seed and limit; where it has
-    [S], one per seed, which stands for all limits.
+    ``metrics.csv`` grows while the run goes on; every other file appears when whole. A stage that
+    trains one policy per seed, for all limits, logs metrics [S] and shows parameters [S, 1, ...].
     """
 
     def __init__(
@@ -283,10 +282,9 @@ class Run:
         axes[1].axhline(1, color="black", linestyle=":", linewidth=1)
         axes[0].legend(fontsize=8)
         band = ", mean and range" if len(self.seeds) > 1 else ""
-        seeds = ", ".join(map(str, self.seeds))
+        seeds = f"seed{'s'[: len(self.seeds) > 1]} {', '.join(map(str, self.seeds))}"
         figure.suptitle(
-            f"{self.algorithm} on {self.task.name}, data {self.dataset.source}, "
-            f"seeds {seeds}{band}",
+            f"{self.algorithm} on {self.task.name}, data {self.dataset.source}, {seeds}{band}",
             fontsize=10,
         )
         part = self.folder / "curves.part.png"
