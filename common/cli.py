@@ -43,7 +43,10 @@ def parse_args(args_class: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
         lines = [re.sub(r"^[│|\s]+|[│|\s]+$", "", line) for line in text.splitlines()]
         # No frames and rules, drawn in ASCII where the terminal has nothing better.
         lines = [x for x in lines if not re.search(r"^[-+\s]*$|[─╭╰]|^\+-|full helptext", x)]
-        raise UserError(" ".join(lines) + "; --help lists every flag") from None
+        # Of what it suggests, the flags' names are enough.
+        said = re.sub(r"\s*(Argument helptext:|\S+ --help$).*", "", " ".join(lines))
+        said = re.sub(r"(Perhaps you meant: (--\S+)).*", r"\1", said)
+        raise UserError(said.rstrip(".") + "; --help lists every flag") from None
 
 
 def check_numbers(
@@ -73,7 +76,8 @@ def check_numbers(
         if name in below_1 and value >= 1:
             raise UserError(f"{flag}: must be below 1")
         if not value >= low or math.isinf(value):
-            raise UserError(f"{flag}: must be a finite number, {low} or more")
+            kind = "whole" if isinstance(value, int) else "finite"
+            raise UserError(f"{flag}: must be a {kind} number, {low} or more")
 
 
 def get_device(name: str) -> torch.device:

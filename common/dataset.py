@@ -100,8 +100,8 @@ def find_dataset(task: Task, data: str) -> tuple[str, Path]:
     if data == "dsrl":
         if not _is_file(dsrl):
             raise UserError(
-                f"--data dsrl: {dsrl} is not there; put DSRL's file of that name into the folder "
-                "$DSRL_DATASET_DIR, or give another file with --data PATH"
+                f"--data: there is no {dsrl}; put DSRL's file of that name (Hugging Face dataset "
+                "YYY-45/DSRL) into the folder $DSRL_DATASET_DIR, or give another with --data PATH"
             )
         return "dsrl", dsrl
     if data == "bundled":

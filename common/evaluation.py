@@ -97,7 +97,8 @@ def summary(results: dict[str, Any]) -> str:
     runs = results["runs"]
     seeds = ", ".join(map(str, results["seeds"]))
     limits = ", ".join(f"{limit:g}" for limit in results["cost_limits"])
-    tail = f"({len(runs)} runs: seeds {seeds} × limits {limits}; data {results['data']['source']})"
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    tail = f"({count}: seeds {seeds} × limits {limits}; data {results['data']['source']})"
     if "normalized_cost" not in runs[0]:
         return f"{results['task']}  not evaluated  {tail}"
     mean = mean_scores(runs)

@@ -12,9 +12,11 @@ transitions stay in the dataset. With S seeds, K cost limits and P pairs, a file
     safe_label       [S, K, P, 2] int8 +1 safe, -1 unsafe
     segment_length, seeds [S], cost_limits [K], dataset_sha256
 
+    preference_noise           the share of flipped preferences, for the record
+
 A file from people has one set of labels, so no seeds and no cost limits: segment_starts [P, 2],
 preference [P], safe_label [P, 2], segment_length, dataset_sha256. A pair without a preference
-serves the safety term alone.
+serves the safety term alone. The README shows how to make one.
 """
 
 import os
@@ -150,7 +152,7 @@ def save_feedback(feedback: Feedback, path: Path) -> None:
             seeds=np.array(feedback.seeds),
             cost_limits=np.array(feedback.cost_limits),
             dataset_sha256=feedback.dataset_sha256,
-            **feedback.provenance,
+            preference_noise=feedback.provenance["preference_noise"],
         )
     os.replace(part, path)
 
@@ -210,7 +212,7 @@ def load_feedback(
         starts, preference = starts[take_seeds], preference[take_seeds]
         safe_label = safe_label[take_seeds][:, take_limits]
     _check(where, starts, preference, safe_label, int(arrays["segment_length"]), dataset)
-    made = {k: arrays[k].item() for k in ("source", "preference_noise") if k in arrays}
+    noise = {k: arrays[k].item() for k in ("preference_noise",) if k in arrays}
     return Feedback(
         np.ascontiguousarray(starts, np.int64),
         np.ascontiguousarray(preference, np.int8),
@@ -219,7 +221,7 @@ def load_feedback(
         seeds,
         cost_limits,
         dataset.sha256,
-        {"source": "people", **made, "path": str(path), "sha256": file_sha256(path)},
+        {"source": "file", **noise, "path": str(path), "sha256": file_sha256(path)},
     )
 
 
@@ -281,9 +283,11 @@ def get_feedback(
             preference=whole.preference[:, : args.num_pairs],
             safe_label=whole.safe_label[:, :, : args.num_pairs],
         )
-        held, used = whole.preference.shape[1], feedback.preference.shape[1]
-        if used != args.num_pairs or used != held:
-            print(f"note: {used} of the {held} pairs in {args.feedback} are used")
+        held = whole.preference.shape[1]
+        if args.num_pairs < held:
+            print(
+                f"note: the first {args.num_pairs} of the {held} pairs in {args.feedback} are used"
+            )
         if args.segment_length not in (None, feedback.segment_length):
             raise UserError(
                 f"--segment-length {args.segment_length}: the segments of {args.feedback} have "
