@@ -149,7 +149,7 @@ def load_dataset(task: Task, data: str = "auto") -> Dataset:
         print(f"note: {outside:.2%} of the actions in {path} lie outside [-1, 1] and are clipped")
         np.clip(arrays["actions"], -1, 1, out=arrays["actions"])
     flat = {key: arrays[key].reshape(-1) for key in ("rewards", "costs", "terminals", "timeouts")}
-    ends = np.flatnonzero(flat["terminals"] | flat["timeouts"]) + 1
+    ends = np.flatnonzero((flat["terminals"] != 0) | (flat["timeouts"] != 0)) + 1
     n = len(arrays["observations"])
     if len(ends) == 0:
         raise UserError(f"{path}: no episode ends; terminals or timeouts must be set at each end")
@@ -185,8 +185,8 @@ DTYPES = {
     "actions": np.float32,
     "rewards": np.float64,  # exact sums: labels and ties must not hang on rounding
     "costs": np.float64,
-    "terminals": bool,
-    "timeouts": bool,
+    "terminals": np.float32,  # numbers still, so that a nan is not taken for an end
+    "timeouts": np.float32,
 }
 
 
@@ -212,7 +212,8 @@ def _checked(path: Path, key: str, held: h5py.Dataset, n: int) -> np.ndarray:
     shape = held.shape or ()
     if held.dtype.kind not in "fiub":
         raise UserError(f"{path}: {key} holds {held.dtype}; it must hold numbers")
-    if (len(shape) != 2 or shape[1] == 0) if wide else (not shape or shape[1:] not in ((), (1,))):
+    flat = len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)
+    if not (len(shape) == 2 and shape[1] > 0 if wide else flat):
         want = "[N, dimension]" if wide else "[N] or [N, 1]"
         raise UserError(f"{path}: {key} has shape {list(shape)}; it must be {want}")
     if shape[0] != n:

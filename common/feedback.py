@@ -179,15 +179,16 @@ def load_feedback(
     shapes = {"segment_starts": 2, "preference": 1, "safe_label": 2, "segment_length": 0}
     if not from_people:
         shapes = {"segment_starts": 3, "preference": 2, "safe_label": 4, "segment_length": 0}
-        shapes |= {"seeds": 1, "cost_limits": 1}
+        shapes |= {"seeds": 1, "cost_limits": 1, "preference_noise": 0}
     for key in (*shapes, "dataset_sha256"):
         if key not in arrays:
             raise UserError(f"{where}: the key {key} is missing; common/feedback.py lists them")
     for key, ndim in shapes.items():
         array = arrays[key]
-        whole = array.dtype.kind in "iuf" and (key == "cost_limits" or (array == array // 1).all())
-        if array.ndim != ndim or not whole:
-            raise UserError(f"{where}: {key} must be an array of {ndim} axes of whole numbers")
+        if array.ndim != ndim or array.dtype.kind not in "iuf":
+            raise UserError(f"{where}: {key} must be an array of {ndim} axes of numbers")
+        if key not in ("cost_limits", "preference_noise") and not (array == array // 1).all():
+            raise UserError(f"{where}: {key} must hold whole numbers")
     if str(arrays["dataset_sha256"]) != dataset.sha256:
         raise UserError(
             f"{where}: made for the dataset with SHA-256 {str(arrays['dataset_sha256'])[:12]}..., "
@@ -212,7 +213,7 @@ def load_feedback(
         starts, preference = starts[take_seeds], preference[take_seeds]
         safe_label = safe_label[take_seeds][:, take_limits]
     _check(where, starts, preference, safe_label, int(arrays["segment_length"]), dataset)
-    noise = {k: arrays[k].item() for k in ("preference_noise",) if k in arrays}
+    noise = {} if from_people else {"preference_noise": float(arrays["preference_noise"])}
     return Feedback(
         np.ascontiguousarray(starts, np.int64),
         np.ascontiguousarray(preference, np.int8),

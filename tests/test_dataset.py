@@ -74,6 +74,7 @@ BROKEN = {
     "wide rewards": (broken("rewards", lambda x: np.stack((x, x), 1)), "rewards has shape"),
     "unequal lengths": (broken("rewards", lambda x: x[:-1]), "rewards has 2399 rows"),
     "nan": (broken("observations", lambda x: put(x, np.nan)), "not finite in row 1"),
+    "nan end": (broken("timeouts", lambda x: put(x.astype(float), np.nan)), "not finite in row 7"),
     "inf": (broken("rewards", lambda x: put(x, np.inf)), "not finite in row 7"),
     "text": (broken("rewards", lambda x: x.astype("S4")), "must hold numbers"),
     "no ends": (broken("timeouts", np.zeros_like), "no episode ends"),

@@ -158,6 +158,7 @@ def test_a_file_holds_what_was_saved(ragged, tmp_path):
     np.testing.assert_array_equal(loaded.segment_starts[0], saved.segment_starts[1])
     np.testing.assert_array_equal(loaded.preference[0], saved.preference[1])
     np.testing.assert_array_equal(loaded.safe_label[0], saved.safe_label[1][[2, 0]])
+    assert loaded.provenance["preference_noise"] == 0
     assert loaded.segment_length == 20 and loaded.provenance["path"] == str(path)
 
 
@@ -192,10 +193,10 @@ def test_labels_from_people(ragged, tmp_path):
         ({"segment_starts": np.full((3, 2), 10**6)}, "outside the dataset"),
         ({"segment_starts": np.full((3, 2), 95)}, "crosses the end"),
         ({"segment_length": 0}, "outside the dataset"),
-        ({"segment_length": 10.5}, "segment_length must be an array of 0 axes of whole numbers"),
+        ({"segment_length": 10.5}, "segment_length must hold whole numbers"),
         ({"segment_length": np.array([10, 10])}, "segment_length must be"),
-        ({"preference": np.array([0, 0.5, 1])}, "preference must be an array"),
-        ({"preference": np.array([0, np.nan, 1])}, "preference must be an array"),
+        ({"preference": np.array([0, 0.5, 1])}, "preference must hold whole"),
+        ({"preference": np.array([0, np.nan, 1])}, "preference must hold whole"),
         ({"preference": np.array([0, 256, 1])}, "0, 1, or -1"),
         ({"safe_label": np.array([["a", "b"]] * 3)}, "safe_label must be an array"),
     ],
