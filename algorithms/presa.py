@@ -51,9 +51,10 @@ from torch.func import functional_call, stack_module_state
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_numbers, get_device, parse_args, run_main
-from common.dataset import get_task, load_dataset
+from common.dataset import load_dataset
 from common.feedback import get_feedback
 from common.results import Run
+from common.tasks import get_task
 
 
 @dataclass
@@ -63,8 +64,10 @@ class Args:
     # ---- task, data and feedback
     task: str = "BallRun"
     """name of the task"""
+    env_id: str | None = None
+    """your own environment in place of the task: the file --data is of it"""
     data: str = "auto"
-    """auto | dsrl | bundled | path of an HDF5 file in DSRL's format"""
+    """auto (DSRL's own, else bundled) | dsrl | bundled | path of an HDF5 file in DSRL's format"""
     feedback: Path | None = None
     """load labelled pairs from this .npz (see common/feedback.py); default: made from the data"""
     num_pairs: int = 10_000
@@ -243,16 +246,13 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def main() -> None:
     args = parse_args(Args)
-    check_numbers(
-        args, {"eval_episodes": 0}, shares=("preference_noise", "delta"), below_1=("dropout",)
-    )
+    check_numbers(args, {"eval_episodes": 0}, ("preference_noise", "delta"), below_1=("dropout",))
 
     # ---- setup: nothing is written before all input is checked
-    task = get_task(args.task)
-    cost_limits = task.cost_limits if args.cost_limits is None else args.cost_limits
+    task = get_task(args.task, args.env_id)
     device = get_device(args.device)
     dataset = load_dataset(task, args.data)
-    feedback = get_feedback(dataset, task, args, cost_limits)
+    feedback = get_feedback(dataset, task, args)
     starts, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
     num_limits, num_pairs, length = safe_label.shape[1], starts.shape[1], feedback.segment_length
     weight = torch.vmap(torch.vmap(lambda y: class_weights(y, args.eta)))(safe_label)  # [S,K,P,2]
@@ -270,8 +270,7 @@ def main() -> None:
     def draw(high: int, size: int, rows: int) -> tuple[Tensor, Tensor]:
         """Random indices [S, size] and dropout masks [S, 2, rows, hidden_size]."""
         index = [torch.randint(high, (size,), generator=g, device=device) for g in generators]
-        shape = (2, rows, args.hidden_size)
-        masks = [dropout_masks(shape, args.dropout, g) for g in generators]
+        masks = [dropout_masks((2, rows, args.hidden_size), args.dropout, g) for g in generators]
         return torch.stack(index), torch.stack(masks)
 
     # ---- stage one: the reference, behaviour cloning on the transitions of all segments

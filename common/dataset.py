@@ -1,65 +1,25 @@
-"""Offline datasets in DSRL's HDF5 format, and the tasks they belong to."""
+"""Offline datasets in DSRL's HDF5 format: found, downloaded, checked and read.
+
+The keys are DSRL's: observations [N, .], actions [N, .], rewards, costs, terminals and timeouts,
+[N] or [N, 1]. An episode ends where terminals or timeouts is set; transitions after the last end
+make one more, unfinished, episode. A file that is no such dataset is refused, and the sentence
+names everything that is wrong with it.
+"""
 
 import hashlib
-import os
+import statistics
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from common.cli import UserError, nearest
+from common.cli import UserError
+from common.download import Offline, fetch
+from common.tasks import Task, reference_returns
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task of the paper: where it is played, for how long, and under which cost limits."""
-
-    name: str
-    env_id: str
-    observation_dim: int
-    action_dim: int  # actions lie in [-1, 1]
-    horizon: int  # T_max, steps: the longest episode
-    cost_limits: tuple[float, ...]  # kappa, summed cost of an episode (DSRL's three)
-    dsrl_file: str  # the name of DSRL's own dataset
-    segment_length: int  # L, steps: the default, see the rule below
-
-
-def _bullet(name: str, observations: int, actions: int, horizon: int, dsrl_file: str) -> Task:
-    # The shortest segments whose labels can tell the tightest limit from "any cost is unsafe"
-    # (kappa_min * L / T_max >= 1), and at least 20 steps.
-    limits = (10.0, 20.0, 40.0)
-    length = max(20, -(-horizon // int(min(limits))))
-    env_id = f"Offline{name}-v0"
-    return Task(name, env_id, observations, actions, horizon, limits, dsrl_file, length)
-
-
-TASKS = {
-    task.name: task
-    for task in (
-        _bullet("BallRun", 7, 2, 100, "SafetyBallRun-v0-80-940.hdf5"),
-        _bullet("CarRun", 7, 2, 200, "SafetyCarRun-v0-40-651.hdf5"),
-        _bullet("DroneRun", 17, 4, 200, "SafetyDroneRun-v0-140-1990.hdf5"),
-        _bullet("AntRun", 33, 8, 200, "SafetyAntRun-v0-150-1816.hdf5"),
-        _bullet("BallCircle", 8, 2, 200, "SafetyBallCircle-v0-80-886.hdf5"),
-        _bullet("CarCircle", 8, 2, 300, "SafetyCarCircle-v0-100-1450.hdf5"),
-        _bullet("DroneCircle", 18, 4, 300, "SafetyDroneCircle-v0-100-1923.hdf5"),
-        _bullet("AntCircle", 34, 8, 500, "SafetyAntCircle-v0-200-5728.hdf5"),
-    )
-}
-
-
-def get_task(name: str) -> Task:
-    """Look a task up by name.
-
-    Raises:
-        UserError: no such task; the sentence offers the nearest names.
-    """
-    if name not in TASKS:
-        raise UserError(f"--task {name}: no such task; did you mean {nearest(name, TASKS)}?")
-    return TASKS[name]
 
 
 @dataclass(frozen=True)
@@ -76,34 +36,50 @@ class Dataset:
     episode_starts: np.ndarray  # [E] int64
     episode_ends: np.ndarray  # [E] int64, exclusive
     source: str  # "dsrl", "bundled" or "file"
-    path: str
-    sha256: str
+    path: str  # of the bundled file relative to the project, else absolute
+    file: Path
 
     @property
     def provenance(self) -> dict[str, str]:
         """What every output of a run says about its data."""
         return {"source": self.source, "path": self.path, "sha256": self.sha256}
 
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the file's bytes, in hexadecimal; read when first asked for."""
+        return file_sha256(self.file)
+
+    @cached_property
+    def returns(self) -> np.ndarray:
+        """Summed reward of each episode, [E]."""
+        return np.add.reduceat(self.rewards, self.episode_starts)
+
+    @cached_property
+    def episode_costs(self) -> np.ndarray:
+        """Summed cost of each episode, [E]."""
+        return np.add.reduceat(self.costs, self.episode_starts)
+
 
 def find_dataset(task: Task, data: str) -> tuple[str, Path]:
     """Turn ``--data auto | dsrl | bundled | PATH`` into a source and an existing file.
 
+    DSRL's own file is downloaded where it is not here yet. ``auto`` is DSRL's own, or the bundled
+    file where there is one and the network is not there.
+
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it cannot be had.
     """
-    cache = Path(os.environ.get("DSRL_DATASET_DIR", Path.home() / ".dsrl" / "datasets"))
-    dsrl, bundled = cache / task.dsrl_file, BUNDLED / f"Safety{task.name}.hdf5"
-    if data == "auto":
-        data = "dsrl" if _is_file(dsrl) or not bundled.is_file() else "bundled"
-        if data == "bundled":
-            print(f"!!! DSRL's own {dsrl} is not here: using the BUNDLED STAND-IN {bundled} !!!")
-    if data == "dsrl":
-        if not _is_file(dsrl):
-            raise UserError(
-                f"--data: there is no {dsrl}; put DSRL's file of that name (Hugging Face dataset "
-                "YYY-45/DSRL) into the folder $DSRL_DATASET_DIR, or give another with --data PATH"
-            )
-        return "dsrl", dsrl
+    bundled = BUNDLED / f"Safety{task.name}.hdf5"
+    if task.suite == "own" and data in ("auto", "dsrl", "bundled"):
+        raise UserError(f"--data: an environment of your own needs --data PATH, not {data}")
+    if data in ("auto", "dsrl"):
+        try:
+            return "dsrl", fetch(task.dsrl_file)
+        except Offline as error:
+            if data == "dsrl" or not bundled.is_file():
+                raise
+            print(f"!!! {error} !!!\n!!! Using the BUNDLED STAND-IN {bundled} !!!")
+            return "bundled", bundled
     if data == "bundled":
         if not bundled.is_file():
             here = ", ".join(sorted(p.stem.removeprefix("Safety") for p in BUNDLED.glob("*.hdf5")))
@@ -127,57 +103,58 @@ def _is_file(path: Path) -> bool:
 
 
 def load_dataset(task: Task, data: str = "auto") -> Dataset:
-    """Read and check a dataset.
-
-    The keys are DSRL's: observations [N, .], actions [N, .], rewards, costs, terminals and
-    timeouts, [N] or [N, 1]. An episode ends where terminals or timeouts is set; transitions after
-    the last end make one more, unfinished, episode.
+    """Read and check a dataset; no array is held twice.
 
     Raises:
-        UserError: no such file, not HDF5, or its content is not a dataset; one sentence says what.
+        UserError: no such file, or it is not a dataset of the task; one sentence says all of it.
     """
     source, path = find_dataset(task, data)
-    arrays = _read(path)
-    for key, want in (("observations", task.observation_dim), ("actions", task.action_dim)):
-        if arrays[key].shape[1] != want:
-            raise UserError(
-                f"{path}: {key} have {arrays[key].shape[1]} dimensions, but {task.name}'s have "
-                f"{want}; is it another task's file?"
-            )
-    outside = (np.abs(arrays["actions"]) > 1).mean()
-    if outside:  # the simulators clip as well, and a tanh policy cannot reach further
-        print(f"note: {outside:.2%} of the actions in {path} lie outside [-1, 1] and are clipped")
-        np.clip(arrays["actions"], -1, 1, out=arrays["actions"])
-    flat = {key: arrays[key].reshape(-1) for key in ("rewards", "costs", "terminals", "timeouts")}
-    ends = np.flatnonzero((flat["terminals"] != 0) | (flat["timeouts"] != 0)) + 1
-    n = len(arrays["observations"])
-    if len(ends) == 0:
-        raise UserError(f"{path}: no episode ends; terminals or timeouts must be set at each end")
-    if ends[-1] != n:
-        ends = np.append(ends, n)
-    starts = np.concatenate(([0], ends[:-1]))
+    arrays = read_arrays(path, task)
+    starts, ends = episodes(arrays)
     longest = int((ends - starts).max())
     if longest < task.horizon:
         print(
             f"note: the longest episode in {path} has {longest} steps; {task.name} allows "
             f"{task.horizon}: is it another task's file?"
         )
-    if longest > task.horizon:
-        raise UserError(
-            f"{path}: an episode is {longest} steps long, but {task.name}'s are at most "
-            f"{task.horizon}; is it another task's file, or does it lack episode ends?"
-        )
+    _scale_actions(arrays["actions"], task, path)
     return Dataset(
         observations=arrays["observations"],
         actions=arrays["actions"],
-        rewards=flat["rewards"],
-        costs=flat["costs"],
+        rewards=arrays["rewards"],
+        costs=arrays["costs"],
         episode_starts=starts,
         episode_ends=ends,
         source=source,
         path=str(path.relative_to(BUNDLED.parents[1]) if source == "bundled" else path),
-        sha256=file_sha256(path),
+        file=path,
     )
+
+
+def _scale_actions(actions: np.ndarray, task: Task, path: Path) -> None:
+    """Map the environment's action box onto [-1, 1], in place; clip what lies outside, and say so.
+
+    The simulators clip as well, and a tanh policy cannot reach further.
+    """
+    low, high = np.float32(task.action_low), np.float32(task.action_high)
+    columns = list(zip(actions.T, low, high, strict=True))
+    if any(x.min() < least or x.max() > most for x, least, most in columns):
+        outside = np.mean([((x < least) | (x > most)).mean() for x, least, most in columns])
+        box = "the action box" if task.suite == "own" else "[-1, 1]"
+        print(f"note: {outside:.2%} of the actions in {path} lie outside {box} and are clipped")
+        np.clip(actions, low, high, out=actions)
+    if task.suite == "own":
+        actions -= (low + high) / 2
+        actions /= (high - low) / 2
+        np.clip(actions, -1, 1, out=actions)  # what rounding put outside
+
+
+def episodes(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """First and one-past-last transition of each episode, [E] int64 both."""
+    is_end = arrays["terminals"] | arrays["timeouts"]
+    is_end[-1] = True
+    ends = np.flatnonzero(is_end) + 1
+    return np.concatenate(([0], ends[:-1])), ends
 
 
 DTYPES = {
@@ -185,50 +162,97 @@ DTYPES = {
     "actions": np.float32,
     "rewards": np.float64,  # exact sums: labels and ties must not hang on rounding
     "costs": np.float64,
-    "terminals": np.float32,  # numbers still, so that a nan is not taken for an end
-    "timeouts": np.float32,
+    "terminals": np.bool_,
+    "timeouts": np.bool_,
 }
+WIDE = ("observations", "actions")  # [N, dimension]; the others are [N]
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an HDF5 file, checked one by one and against each other."""
+def read_arrays(path: Path, task: Task) -> dict[str, np.ndarray]:
+    """The arrays of an HDF5 file, by key, checked one by one, against each other and the task.
+
+    Raises:
+        UserError: not HDF5, or not a dataset of the task; one sentence says everything that is
+            wrong.
+    """
+    arrays, problems = {}, []
     try:
-        with h5py.File(path, "r") as file:
-            missing = [key for key in DTYPES if not isinstance(file.get(key), h5py.Dataset)]
-            if missing:
-                keys = ", ".join(DTYPES)
-                raise UserError(f"{path}: the key {missing[0]} is missing; a dataset has {keys}")
-            n = file["observations"].shape[0] if file["observations"].shape else 0
-            if n == 0:
-                raise UserError(f"{path}: observations is empty; there must be an episode")
-            return {key: _checked(path, key, file[key], n) for key in DTYPES}
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # damaged files
+        # Every chunk is read once: h5py's cache of 8 MiB a key would hold them for nothing.
+        with h5py.File(path, "r", rdcc_nbytes=0) as file:
+            held = {key: file.get(key) for key in DTYPES}
+            wrong = {key: _wrong_form(key, array, task) for key, array in held.items()}
+            problems += filter(None, wrong.values())
+            held = {key: array for key, array in held.items() if not wrong[key]}
+            rows = {key: array.shape[0] for key, array in held.items()}
+            usual = statistics.mode(rows.values()) if rows else 0
+            if len(set(rows.values())) > 1:
+                counts = ", ".join(f"{key} {n}" for key, n in rows.items())
+                problems.append(f"all keys must have as many rows as there are steps ({counts})")
+            elif rows and usual == 0:
+                problems.append("it is empty, and there must be an episode")
+            held = {key: array for key, array in held.items() if rows[key] == usual > 0}
+            claimed = sum(array.nbytes for array in held.values())
+            if claimed > 2000 * path.stat().st_size:  # more than any compression saves
+                problems.append(f"it is too small to hold the {usual} rows that it claims")
+                held = {}
+            for key, array in held.items():
+                arrays[key], found = _read(key, array)
+                problems += found
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable HDF5 file ({reason})") from None
+    if "terminals" in arrays and "timeouts" in arrays:
+        starts, ends = episodes(arrays)
+        longest = int((ends - starts).max())
+        if not (arrays["terminals"].any() or arrays["timeouts"].any()):
+            problems.append("no episode ends (terminals or timeouts must be set at each end)")
+        elif longest > task.horizon:
+            problems.append(
+                f"an episode is {longest} steps long, but {task.name}'s are at most "
+                f"{task.horizon}: does it lack episode ends?"
+            )
+    if problems:
+        raise UserError(f"{path}: not a dataset of {task.name}: {'; '.join(problems)}")
+    return arrays
 
 
-def _checked(path: Path, key: str, held: h5py.Dataset, n: int) -> np.ndarray:
-    wide = key in ("observations", "actions")
-    shape = held.shape or ()
+def _wrong_form(key: str, held: object, task: Task) -> str:
+    """What is wrong with the form of one key; nothing: ""."""
+    if not isinstance(held, h5py.Dataset):
+        return f"the key {key} is {'missing' if held is None else 'not an array'}"
     if held.dtype.kind not in "fiub":
-        raise UserError(f"{path}: {key} holds {held.dtype}; it must hold numbers")
-    flat = len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)
-    if not (len(shape) == 2 and shape[1] > 0 if wide else flat):
-        want = "[N, dimension]" if wide else "[N] or [N, 1]"
-        raise UserError(f"{path}: {key} has shape {list(shape)}; it must be {want}")
-    if shape[0] != n:
-        raise UserError(
-            f"{path}: {key} has {shape[0]} rows but observations {n}; they must be equal"
-        )
-    with np.errstate(over="ignore"):  # a number too large becomes inf, and is refused as that
-        array = held[()].astype(DTYPES[key], copy=False)
-    finite = np.isfinite(array)
-    if not finite.all():
-        row = int(np.flatnonzero(~finite.reshape(n, -1).all(1))[0])
-        raise UserError(f"{path}: {key} is not finite in row {row}; every number must be")
-    if key == "costs" and array.min() < 0:
-        raise UserError(f"{path}: a cost is negative; costs must be 0 or more")
-    return array
+        return f"{key} holds {held.dtype}, not numbers"
+    shape = held.shape or ()
+    if key not in WIDE:
+        fits = len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)
+        return "" if fits else f"{key} has shape {list(shape)}, not [N] or [N, 1]"
+    if len(shape) != 2 or shape[1] == 0:
+        return f"{key} has shape {list(shape)}, not [N, dimension]"
+    want = task.observation_dim if key == "observations" else task.action_dim
+    fits = shape[1] == want
+    return "" if fits else f"{key} have {shape[1]} dimensions, but {task.name}'s have {want}"
+
+
+def _read(key: str, held: h5py.Dataset) -> tuple[np.ndarray, list[str]]:
+    """One array, and what is wrong with its numbers."""
+    dtype = DTYPES[key]
+    if dtype is np.bool_ or held.dtype.kind != "f":
+        array = held[()]
+    else:  # converted while it is read, so that it is never held twice
+        array = np.empty(held.shape, dtype)
+        held.read_direct(array)
+    # The extremes tell of nan and inf in one pass, without an array of answers.
+    low, high = array.min(), array.max()
+    problems = []
+    if not (np.isfinite(low) and np.isfinite(high)):
+        finite = np.isfinite(array).reshape(len(array), -1).all(1)
+        row, count = int(np.argmin(finite)), int((~finite).sum())
+        problems.append(f"{key} is not finite in {count} rows, the first {row}")
+    elif key == "costs" and low < 0:
+        problems.append("a cost is negative")
+    if dtype is np.bool_:
+        array = array != 0
+    return (array if key in WIDE else array.reshape(-1)).astype(dtype, copy=False), problems
 
 
 def file_sha256(path: Path) -> str:
@@ -238,3 +262,43 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def reward_range(task: Task, dataset: Dataset) -> tuple[float, float]:
+    """r_min and r_max, which scores are normalised by: DSRL's, or of one's own data its extremes.
+
+    Raises:
+        UserError: dsrl is not installed, or the extremes of one's own data are the same.
+    """
+    if task.suite == "own":
+        low, high = float(dataset.returns.min()), float(dataset.returns.max())
+        if low == high:
+            raise UserError(
+                f"{dataset.path}: every episode has the same return, {low:g}, so there is no scale "
+                "to score rewards on; give data with better and worse episodes"
+            )
+        return low, high
+    return reference_returns(task)
+
+
+def suggested_limits(dataset: Dataset) -> tuple[float, ...]:
+    """Three cost limits that a tenth, a quarter and a half of the episodes keep."""
+    quantiles = np.quantile(dataset.episode_costs, (0.1, 0.25, 0.5), method="higher")
+    return tuple(sorted({float(x) for x in quantiles}))
+
+
+def get_cost_limits(
+    task: Task, dataset: Dataset, asked: tuple[float, ...] | None
+) -> tuple[float, ...]:
+    """The limits asked for, else the task's.
+
+    Raises:
+        UserError: a task of one's own has none; the sentence suggests some.
+    """
+    if asked is None and not task.cost_limits:
+        offer = " ".join(f"{x:g}" for x in suggested_limits(dataset))
+        raise UserError(
+            f"--cost-limits: say what counts as unsafe in {task.name}; a tenth, a quarter and a "
+            f"half of the episodes in {dataset.path} stay within --cost-limits {offer}"
+        )
+    return task.cost_limits if asked is None else asked

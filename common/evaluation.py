@@ -7,7 +7,7 @@ Score a saved policy again, with the very episodes of its training run or with m
 The action is the policy's deterministic one, clipped to the action box. Episodes are played in
 units of a few at a time, each unit by one worker process that owns a copy of the weights and steps
 its environments with one forward pass; what a unit holds does not depend on the number of
-workers, so neither do the numbers. This is the only file that imports the simulators.
+workers, so neither do the numbers.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import signal
 import sys
-import warnings
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.cli import UserError, check_numbers, parse_args, run_main
-from common.dataset import Task, get_task
+from common.simulators import check_installed, import_gymnasium, make
+from common.tasks import Task, reference_returns
 
 EPISODES_PER_UNIT = 5
 
@@ -46,7 +47,7 @@ class Scores:
 
     rewards: np.ndarray  # [S, K, episodes] summed reward of each episode
     costs: np.ndarray  # [S, K, episodes] summed cost of each episode
-    reward_range: tuple[float, float]  # r_min, r_max: DSRL's lowest and highest return of the task
+    reward_range: tuple[float, float]  # r_min, r_max: what normalises rewards
 
     def normalized_reward(self) -> np.ndarray:
         """(R - r_min) / (r_max - r_min), the mean over episodes, [S, K]."""
@@ -123,7 +124,13 @@ class Evaluator:
     """Worker processes, one a core, that live as long as the run."""
 
     def __init__(
-        self, task: Task, script: str, episodes: int, policies: int, workers: int | None = None
+        self,
+        task: Task,
+        script: str,
+        episodes: int,
+        policies: int,
+        reward_range: tuple[float, float],
+        workers: int | None = None,
     ):
         """Start the workers.
 
@@ -133,22 +140,22 @@ class Evaluator:
                 a policy from its configuration and parameters.
             episodes: to play with each policy.
             policies: how many there will be, so that no worker is started for nothing.
+            reward_range: r_min and r_max, the returns that are scored 0 and 1.
             workers: processes; by default one a core, where there is work for it. No number
                 depends on it.
 
         Raises:
             UserError: a simulator is not installed.
         """
-        for package in ("gymnasium", "dsrl", "bullet_safety_gym", "pybullet"):
-            if importlib.util.find_spec(package) is None:
-                raise UserError(no_simulator(package))
+        check_installed()
         self.task, self.script, self.episodes = task, script, episodes
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = workers or min(cores, policies * -(-episodes // EPISODES_PER_UNIT))
         spawn = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
-        # Asked of each, so that all of them start now and import while training goes on.
-        self.reward_range, *_ = [self.pool.submit(_reward_range, task) for _ in range(workers)]
+        self.reward_range = reward_range
+        for _ in range(workers):  # so that all of them start now and import while training goes on
+            self.pool.submit(_import_simulators)
 
     def evaluate(
         self, config: dict, parameters: dict[str, torch.Tensor], seeds: Sequence[int], limits: int
@@ -179,19 +186,11 @@ class Evaluator:
         played = np.concatenate([unit.result() for unit in units], axis=1)
         played = played.reshape(2, len(seeds), per_seed, self.episodes)
         rewards, costs = played.repeat(limits // per_seed, axis=2)
-        return Scores(rewards, costs, self.reward_range.result())
+        return Scores(rewards, costs, self.reward_range)
 
     def close(self) -> None:
         """End the workers."""
         self.pool.shutdown(cancel_futures=True)
-
-
-def no_simulator(reason: object) -> str:
-    """The sentence for a machine without the simulators."""
-    return (
-        f"evaluation needs the simulators, and {reason} cannot be imported: install them on Python "
-        "3.10 or 3.11 as the README says, or train without them (--eval-episodes 0)"
-    )
 
 
 def _episode_seed(seed: int, episode: int) -> int:
@@ -203,24 +202,17 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the script itself ends on Ctrl-C, once
     # The simulators greet on stdout, from C too; a worker has nothing to say there.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
 
 
-def _simulators():
-    """Import the simulators; dsrl registers the environments and knows the reference returns."""
-    os.environ["DSRL_SUPPRESS_IMPORT_ERROR"] = "1"  # metadrive is not used and not installed
-    warnings.filterwarnings("ignore")
-    try:
-        import dsrl.infos
-        import gymnasium
-    except ImportError as error:
-        raise UserError(no_simulator(error.name)) from None
-    gymnasium.logger.set_level(gymnasium.logger.ERROR)
-    return gymnasium, dsrl.infos
+def _end_with_the_run() -> None:
+    """End this worker when the script was killed: nobody else would."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-def _reward_range(task: Task) -> tuple[float, float]:
-    _, infos = _simulators()
-    return infos.MIN_EPISODE_REWARD[task.name], infos.MAX_EPISODE_REWARD[task.name]
+def _import_simulators() -> None:
+    import_gymnasium()  # and send nothing back: a module cannot be sent
 
 
 def _play(task: Task, script: str, config: dict, parameters: dict, seeds: list[int]) -> np.ndarray:
@@ -248,20 +240,21 @@ def play(task: Task, act: Act, seeds: list[int]) -> np.ndarray:
     outlive its reset, and the same seed then starts elsewhere. So every episode has an environment
     of its own.
     """
-    gymnasium, _ = _simulators()
+    low, high = np.float32(task.action_low), np.float32(task.action_high)
+    centre, half = (low + high) / 2, (high - low) / 2
     rewards, costs = np.zeros(len(seeds)), np.zeros(len(seeds))
     with contextlib.ExitStack() as stack:
-        envs = [gymnasium.make(task.env_id) for _ in seeds]
+        envs = [make(task.env_id) for _ in seeds]
         observations = []
         for env, seed in zip(envs, seeds, strict=True):
             stack.callback(env.close)
             np.random.seed(seed)
             observations.append(env.reset(seed=seed)[0])
-        low, high = envs[0].action_space.low, envs[0].action_space.high
         running = list(range(len(envs)))
         while running:
             # Finished episodes stay in the batch: the pass keeps its shape, hence its rounding.
-            actions = np.clip(act(np.asarray(observations, np.float32)), low, high)
+            actions = act(np.asarray(observations, np.float32))
+            actions = np.clip(centre + half * actions, low, high)  # exact where the box is [-1, 1]
             for i in tuple(running):
                 observations[i], reward, terminated, truncated, info = envs[i].step(actions[i])
                 rewards[i] += reward
@@ -286,11 +279,11 @@ class Args:
 def main() -> None:
     args = parse_args(Args)
     check_numbers(args)
-    keys = ("script", "task", "data", "config", "seeds", "cost_limits", "parameters")
+    keys = ("script", "played", "config", "seeds", "cost_limits", "parameters", "reward_range")
     try:
         saved = torch.load(args.policy, weights_only=True)
-        script, task, _, _, seeds, limits, _ = map(dict(saved).__getitem__, keys)
-        task = get_task(task)
+        script, played, _, seeds, limits, _, reward_range = map(dict(saved).__getitem__, keys)
+        task = Task(**played)
     except OSError as error:
         raise UserError(f"{args.policy}: cannot be read ({error.strerror})") from None
     except Exception:  # what unpickling a file of another kind raises is anyone's guess
@@ -298,7 +291,8 @@ def main() -> None:
     if not (ROOT / script).is_file():
         raise UserError(f"{args.policy}: its script {script} is not here")
     policies = len(seeds) * len(limits)
-    evaluator = Evaluator(task, script, args.episodes, policies, args.workers)
+    reward_range = reward_range or reference_returns(task)  # trained without dsrl
+    evaluator = Evaluator(task, script, args.episodes, policies, reward_range, args.workers)
     scores = evaluator.evaluate(saved["config"], saved["parameters"], seeds, len(limits))
     evaluator.close()
     print(summary({**saved, "runs": scores.rows(seeds, limits)}))

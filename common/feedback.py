@@ -31,7 +31,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import UserError, check_numbers, parse_args, run_main
-from common.dataset import Dataset, Task, file_sha256, get_task, load_dataset
+from common.dataset import Dataset, file_sha256, get_cost_limits, load_dataset
+from common.tasks import Task, get_task, segment_length
 
 
 @dataclass(frozen=True)
@@ -257,20 +258,19 @@ def _check(
         raise UserError(f"{where}: a segment crosses the end of its episode")
 
 
-def get_feedback(
-    dataset: Dataset, task: Task, args: Any, cost_limits: tuple[float, ...]
-) -> Feedback:
+def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
     """The feedback a run asks for: loaded where a file is given, else made from the dataset.
 
     Args:
         dataset: what the segments are cut from.
         task: its task.
-        args: of a script, with feedback, seeds, num_pairs, segment_length, preference_noise.
-        cost_limits: one set of safety labels each.
+        args: of a script, with feedback, seeds, cost_limits (one set of safety labels each),
+            num_pairs, segment_length, preference_noise.
 
     Raises:
         UserError: a flag is out of range, the file and the flags disagree, or no segment is safe.
     """
+    cost_limits = get_cost_limits(task, dataset, args.cost_limits)
     _check_flags(args.seeds, cost_limits)
     if args.feedback is None:
         feedback = _make(dataset, task, args, cost_limits)
@@ -299,7 +299,7 @@ def get_feedback(
 
 
 def _make(dataset: Dataset, task: Task, args: Any, cost_limits: tuple[float, ...]) -> Feedback:
-    length = args.segment_length or task.segment_length
+    length = args.segment_length or segment_length(task.horizon, task.cost_limits or cost_limits)
     noise = args.preference_noise
     return make_feedback(dataset, task, args.seeds, cost_limits, length, args.num_pairs, noise)
 
@@ -343,7 +343,9 @@ class Args:
     task: str = "BallRun"
     """name of the task"""
     data: str = "auto"
-    """auto | dsrl | bundled | path of an HDF5 file in DSRL's format"""
+    """auto (DSRL's own, else bundled) | dsrl | bundled | path of an HDF5 file in DSRL's format"""
+    env_id: str | None = None
+    """your own environment in place of the task: the file --data is of it"""
     output: Path = Path("feedback.npz")
     """the file to write"""
     seeds: tuple[int, ...] = (0,)
@@ -360,12 +362,12 @@ class Args:
 
 def main() -> None:
     args = parse_args(Args)
-    task = get_task(args.task)
+    task = get_task(args.task, args.env_id)
     check_numbers(args, shares=("preference_noise",))
     if args.output.is_dir():
         raise UserError(f"--output {args.output}: is a folder; give the name of a file in it")
     dataset = load_dataset(task, args.data)
-    limits = task.cost_limits if args.cost_limits is None else args.cost_limits
+    limits = get_cost_limits(task, dataset, args.cost_limits)
     _check_flags(args.seeds, limits)
     feedback = _make(dataset, task, args, limits)
     _say_what_labels_tell(feedback)

@@ -19,9 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.cli import TrainingError, UserError, get_device
-from common.dataset import Dataset, Task
+from common.dataset import Dataset, reward_range
 from common.evaluation import ROOT, Evaluator, Scores, mean_scores, summary
 from common.feedback import Feedback
+from common.tasks import Task
 
 VERSIONED = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "pybullet")
 
@@ -74,10 +75,14 @@ class Run:
             "device": str(get_device(args.device)),
             "feedback": feedback.provenance,
         }
+        scored = args.eval_episodes or task.suite == "own"  # else the returns are looked up later
+        self.reward_range = reward_range(task, dataset) if scored else None
         self.evaluator = None
         if args.eval_episodes:
             policies = len(args.seeds) * len(feedback.cost_limits)
-            self.evaluator = Evaluator(task, self.script, args.eval_episodes, policies)
+            self.evaluator = Evaluator(
+                task, self.script, args.eval_episodes, policies, self.reward_range
+            )
         self.folder = _make_folder(args.output_dir / self.algorithm / task.name)
         self.tracker = _start_wandb(self) if args.track else None
         write_json(
@@ -201,6 +206,8 @@ class Run:
             {
                 "script": self.script,
                 "task": self.task.name,
+                "played": dataclasses.asdict(self.task),
+                "reward_range": self.reward_range,
                 "data": self.dataset.provenance,
                 "config": self.config,
                 "seeds": list(self.seeds),

@@ -1,5 +1,6 @@
 """Datasets small enough to know by heart, and a way to run a script as a user does."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -7,7 +8,29 @@ import h5py
 import numpy as np
 import pytest
 
+from common import simulators
 from common.cli import run_main
+
+
+@pytest.fixture(scope="session", autouse=True)
+def at_nobodys_home(tmp_path_factory):
+    """No test, nor a program that it starts, reaches the network or what the user has downloaded.
+
+    ``test_download.py`` sets these variables itself.
+    """
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSRL_DATASET_DIR", str(home / "dsrl"))
+        patch.setenv("HF_HOME", str(home / "huggingface"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@contextlib.contextmanager
+def real_gymnasium():
+    """Gymnasium with every environment; they want the real stdout and stderr, not pytest's."""
+    with contextlib.redirect_stdout(sys.__stdout__), contextlib.redirect_stderr(sys.__stderr__):
+        yield simulators.import_gymnasium()
 
 
 def write_dataset(path: Path, **arrays: np.ndarray) -> Path:

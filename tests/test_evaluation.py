@@ -1,8 +1,12 @@
 """The protocol: seeded episodes, numbers that no grouping changes, and DSRL's normalisation."""
 
-import contextlib
+import dataclasses
 import json
+import os
+import signal
+import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,30 +14,12 @@ import torch
 
 from algorithms import presa
 from common import evaluation
-from common.dataset import TASKS, get_task
 from common.evaluation import Evaluator, Scores, play
+from common.tasks import get_task
+from tests.conftest import real_gymnasium
 
 TASK = get_task("BallRun")
-
-
-@contextlib.contextmanager
-def simulators():
-    """Gymnasium and dsrl.infos; they want the real sys.stdout and sys.stderr, not pytest's."""
-    with contextlib.redirect_stdout(sys.__stdout__), contextlib.redirect_stderr(sys.__stderr__):
-        yield evaluation._simulators()
-
-
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_task_agrees_with_dsrl_and_the_simulator(task):
-    with simulators() as (gymnasium, infos):
-        assert task.horizon == infos.DEFAULT_MAX_EPISODE_STEPS[task.name]
-        assert infos.DATASET_URLS[task.name].endswith("/" + task.dsrl_file)
-        env = gymnasium.make(task.env_id)
-        assert env.spec.max_episode_steps == task.horizon
-        assert env.observation_space.shape == (task.observation_dim,)
-        assert env.action_space.shape == (task.action_dim,)
-        assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
-        env.close()
+SCRIPT, RANGE = "algorithms/presa.py", (0.0, 1.0)
 
 
 def test_numbers_do_not_depend_on_workers_nor_on_what_was_played_before():
@@ -42,7 +28,7 @@ def test_numbers_do_not_depend_on_workers_nor_on_what_was_played_before():
     parameters = {name: torch.stack((p, p))[:, None] for name, p in policy.items()}  # [2, 1, ...]
     scores = []
     for workers in (1, 2):
-        evaluator = Evaluator(TASK, "algorithms/presa.py", episodes=7, policies=6, workers=workers)
+        evaluator = Evaluator(TASK, SCRIPT, 7, policies=6, reward_range=RANGE, workers=workers)
         for _ in range(2):
             scores.append(evaluator.evaluate({}, parameters, (0, 1), limits=3))
         evaluator.close()
@@ -52,6 +38,32 @@ def test_numbers_do_not_depend_on_workers_nor_on_what_was_played_before():
     assert scores[0].rewards.shape == scores[0].costs.shape == (2, 3, 7)
     assert (scores[0].rewards[:, :1] == scores[0].rewards).all(), "one policy serves all limits"
     assert len(np.unique(scores[0].rewards)) == 14, "every episode has a seed of its own"
+
+
+def test_workers_end_with_a_script_that_is_killed(tmp_path):
+    program = f"""if True:
+        import signal
+        from common.evaluation import Evaluator
+        from common.tasks import get_task
+        if __name__ == "__main__":
+            pool = Evaluator(get_task("BallRun"), "{SCRIPT}", 1, 1, (0, 1)).pool
+            print(*pool._processes, flush=True)
+            signal.pause()
+    """
+    (tmp_path / "program.py").write_text(program)
+    script = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"],
+        env=os.environ | {"PYTHONPATH": str(evaluation.ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    worker = int(script.stdout.readline())
+    script.kill()
+    try:
+        script.communicate(timeout=60)  # until nobody holds its stderr any more
+    except subprocess.TimeoutExpired:
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("the worker is still there")
 
 
 def plain_rollout(gymnasium, task, act, seed):
@@ -69,18 +81,20 @@ def plain_rollout(gymnasium, task, act, seed):
     return total
 
 
-@pytest.mark.parametrize("name", ["BallRun", "CarRun", "DroneCircle"])
+@pytest.mark.parametrize(
+    "name", ["BallRun", "CarRun", "DroneCircle", "PointCircle1", "HopperVelocity"]
+)
 def test_play_equals_a_plain_rollout_of_each_episode(name):
-    """DroneCircle's episodes end early, at different steps."""
-    task, gain = get_task(name), np.random.default_rng(0).normal(size=(18, 4))
+    """DroneCircle's and HopperVelocity's episodes end early, at different steps."""
+    task = get_task(name)
+    gain = np.random.default_rng(0).normal(size=(task.observation_dim, task.action_dim))
 
     def act(observations):
-        width = {"BallRun": 2, "CarRun": 2, "DroneCircle": 4}[name]
         # Exact in any batch: a matrix product's rounding may depend on the number of its rows.
-        return np.sin((observations[:, :, None] * gain[: observations.shape[1], :width]).sum(1))
+        return 1.1 * np.sin((observations[:, :, None] * gain).sum(1))
 
     seeds = [11, 12, 13]
-    with simulators() as (gymnasium, _):
+    with real_gymnasium() as gymnasium:
         expected = np.stack([plain_rollout(gymnasium, task, act, seed) for seed in seeds], 1)
         np.testing.assert_array_equal(play(task, act, seeds), expected)
         np.testing.assert_array_equal(play(task, act, seeds[::-1]), expected[:, ::-1])
@@ -114,9 +128,34 @@ def test_saved_policy_evaluates_to_what_its_run_said(tmp_path, run_script):
 
 
 def test_a_missing_simulator_is_named(monkeypatch):
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(evaluation.UserError, match="--eval-episodes 0"):
-        Evaluator(TASK, "algorithms/presa.py", episodes=1, policies=1)
+    find = evaluation.importlib.util.find_spec
+    for missing in ("dsrl", "mujoco"):
+        monkeypatch.setattr(
+            evaluation.importlib.util,
+            "find_spec",
+            lambda name, missing=missing: None if name == missing else find(name),
+        )
+        with pytest.raises(evaluation.UserError, match=f"{missing} cannot .*--eval-episodes 0"):
+            Evaluator(TASK, SCRIPT, 1, policies=1, reward_range=RANGE)
+
+
+def test_a_policy_that_was_trained_without_dsrl_is_scored_with_its_returns(
+    tmp_path, run_script, monkeypatch
+):
+    """Where dsrl is missing a run saves none; a task of one's own has those of its data."""
+
+    def evaluator(task, script, episodes, policies, reward_range, workers):
+        return mock.Mock(evaluate=lambda *_: Scores(np.full((1, 1, 1), 20.0), costs, reward_range))
+
+    costs = np.ones((1, 1, 1))
+    monkeypatch.setattr(evaluation, "Evaluator", evaluator)
+    saved = {"script": SCRIPT, "task": "BallRun", "played": dataclasses.asdict(TASK), "config": {}}
+    saved |= {"seeds": [0], "cost_limits": [10.0], "parameters": {}, "data": {"source": "file"}}
+    for scale, reward in ((None, "-0.00"), ((10.0, 30.0), "0.50")):  # DSRL's are 26.3 and 1327.4
+        torch.save(saved | {"reward_range": scale}, tmp_path / "policy.pt")
+        code, out, error = run_script(evaluation.main, tmp_path / "policy.pt")
+        assert code == 0, error
+        assert out.splitlines()[-1].startswith(f"BallRun  reward {reward}  cost 0.10  safe")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no policy", b"(", b"PK\x03\x04"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from common import feedback as module
 from common.cli import UserError
-from common.dataset import Dataset, get_task, load_dataset
+from common.dataset import Dataset, file_sha256, load_dataset
 from common.feedback import (
     Feedback,
     indistinct_limits,
@@ -17,6 +18,7 @@ from common.feedback import (
     make_feedback,
     save_feedback,
 )
+from common.tasks import get_task
 from tests.conftest import two_armed_arrays, write_dataset
 
 TASK = get_task("BallRun")
@@ -38,7 +40,7 @@ def ragged_dataset(episodes: int = 50, longest: int = 100, seed: int = 0) -> Dat
         episode_ends=ends,
         source="file",
         path="ragged",
-        sha256="0" * 64,
+        file=Path(__file__),
     )
 
 
@@ -167,7 +169,7 @@ PEOPLE = {
     "preference": np.array([0, 1, -1]),
     "safe_label": np.array([[1, -1], [1, 1], [-1, 1]]),
     "segment_length": 10,
-    "dataset_sha256": "0" * 64,
+    "dataset_sha256": file_sha256(Path(__file__)),
 }
 
 

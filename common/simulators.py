@@ -1,0 +1,152 @@
+"""The simulators, imported without their noise and made to run on Python 3.11.
+
+This is the only file that imports them; everything else asks it for an environment.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from common.cli import UserError
+
+PACKAGES = ("gymnasium", "dsrl", "bullet_safety_gym", "pybullet", "safety_gymnasium", "mujoco")
+
+
+def check_installed() -> None:
+    """Look for the simulators without importing them, which would take seconds.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(_missing(package))
+
+
+def _missing(package: object) -> str:
+    return (
+        f"evaluation needs the simulators, and {package} cannot be imported: install them on "
+        "Python 3.10 or 3.11 as the README says, or train without them (--eval-episodes 0)"
+    )
+
+
+@functools.cache
+def import_gymnasium() -> Any:
+    """Import gymnasium, with dsrl's environments registered; a second call has it at once.
+
+    Raises:
+        UserError: a simulator is not installed.
+    """
+    os.environ["DSRL_SUPPRESS_IMPORT_ERROR"] = "1"  # metadrive is not used and not installed
+    os.environ["PYGAME_HIDE_SUPPORT_PROMPT"] = "1"
+    warnings.filterwarnings("ignore")
+    try:
+        import gymnasium
+
+        with quiet(), _arrays_as_defaults():
+            import safety_gymnasium.builder  # noqa: F401
+        _leave_out_the_sky()
+        with quiet(), _no_dataset_folder():
+            import dsrl  # noqa: F401
+    except ImportError as error:
+        raise UserError(_missing(error.name or error)) from None
+    gymnasium.logger.set_level(gymnasium.logger.ERROR)
+    return gymnasium
+
+
+@contextlib.contextmanager
+def _arrays_as_defaults() -> Iterator[None]:
+    """Let dataclasses have arrays as defaults, as they may up to Python 3.10.
+
+    safety-gymnasium (0.4.0, and 1.0.0 too) has such fields, and Python 3.11 refuses to import it.
+    This can go when a release gives them a default_factory.
+    """
+    field = dataclasses.field
+
+    def field_of_array(*args: Any, default: Any = dataclasses.MISSING, **options: Any) -> Any:
+        if isinstance(default, np.ndarray):
+            return field(*args, default_factory=default.copy, **options)
+        return field(*args, default=default, **options)
+
+    dataclasses.field = field_of_array
+    try:
+        yield
+    finally:
+        dataclasses.field = field
+
+
+@contextlib.contextmanager
+def _no_dataset_folder() -> Iterator[None]:
+    """Keep dsrl from making a folder for downloads, which are not its task here, when imported."""
+    folder = os.environ.get("DSRL_DATASET_DIR")
+    os.environ["DSRL_DATASET_DIR"] = os.path.dirname(__file__)  # it is there already
+    try:
+        yield
+    finally:
+        del os.environ["DSRL_DATASET_DIR"]
+        if folder is not None:
+            os.environ["DSRL_DATASET_DIR"] = folder
+
+
+def _leave_out_the_sky() -> None:
+    """Drop the skybox from SafetyGym's models; nothing but a picture ever shows it.
+
+    Its six pictures are read at every reset, which takes 0.8 s of 0.85; and a reset is due every
+    episode.
+    """
+    from mujoco import MjModel
+
+    compile_model = MjModel.from_xml_string
+    sky = re.compile(r'<texture type="skybox"[^>]*>(</texture>)?')
+    MjModel.from_xml_string = lambda xml, assets=None: compile_model(sky.sub("", xml), assets)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Discard what is written to stdout meanwhile, from C too: the simulators greet there."""
+    sys.stdout.flush()
+    saved, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nothing)
+
+
+def make(env_id: str) -> Any:
+    """Make an environment; one of the reader's own may lie in a module of the working folder.
+
+    Raises:
+        UserError: there is no such environment, or it cannot be made.
+    """
+    gymnasium = import_gymnasium()
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` is looked for last
+    try:
+        with quiet():
+            # The checker repeats, at every step, what the tests check once.
+            return gymnasium.make(env_id, disable_env_checker=True)
+    except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv):
+        name = env_id.rpartition(":")[-1]
+        close = difflib.get_close_matches(name, gymnasium.envs.registry, n=3)
+        offer = f"; did you mean {', '.join(close)}?" if close else "; give module:EnvName-v0"
+        raise UserError(f"--env-id {env_id}: no such environment{offer}") from None
+    except ModuleNotFoundError as error:
+        missing = error.name or getattr(error.__cause__, "name", None)  # gymnasium's has no name
+        raise UserError(
+            f"--env-id {env_id}: the module {missing} cannot be imported; give "
+            "module:EnvName-v0, with the module in this folder or on PYTHONPATH"
+        ) from None

@@ -1,0 +1,208 @@
+"""The 29 tasks of the paper, and the reader's own: where they are played and what is known of them.
+
+Horizons and file names stand here, so that training needs no simulator; the tests hold them against
+``dsrl.infos``. The reference returns are read from there.
+"""
+
+import functools
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from common.cli import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: where it is played, for how long, and under which cost limits."""
+
+    name: str
+    suite: str  # "Bullet", "SafetyGym", or "own": brought by the reader with --env-id
+    env_id: str
+    observation_dim: int
+    action_dim: int
+    horizon: int  # T_max, steps: the longest episode
+    cost_limits: tuple[float, ...]  # kappa, summed cost of an episode: DSRL's three; own: none
+    dsrl_file: str  # the name of DSRL's own dataset; own: ""
+    # What the policy's [-1, 1] stands for in the environment, per action; of the 29 just that.
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+
+
+def _task(
+    name: str, suite: str, env_id: str, sizes: tuple[int, int], horizon: int, file: str
+) -> Task:
+    limits = {"Bullet": (10.0, 20.0, 40.0), "SafetyGym": (20.0, 40.0, 80.0)}[suite]
+    box = ((-1.0,) * sizes[1], (1.0,) * sizes[1])
+    return Task(name, suite, env_id, *sizes, horizon, limits, f"Safety{file}.hdf5", *box)
+
+
+def _bullet(name: str, sizes: tuple[int, int], horizon: int, file: str) -> Task:
+    return _task(name, "Bullet", f"Offline{name}-v0", sizes, horizon, f"{name}-v0-{file}")
+
+
+def _navigation(name: str, sizes: tuple[int, int], horizon: int, file: str) -> Task:
+    env = f"{name}Gymnasium-v0"
+    return _task(name, "SafetyGym", f"Offline{env}", sizes, horizon, f"{env}-{file}")
+
+
+def _velocity(name: str, sizes: tuple[int, int], horizon: int, file: str) -> Task:
+    env = f"{name}Gymnasium-v1"
+    return _task(name, "SafetyGym", f"Offline{env}", sizes, horizon, f"{env}-{file}")
+
+
+# name, dimensions of (observation, action), horizon, the end of the file's name: DSRL's maximum
+# cost of an episode (rounded) and the number of episodes
+TASKS = {
+    task.name: task
+    for task in (
+        _bullet("BallRun", (7, 2), 100, "80-940"),
+        _bullet("CarRun", (7, 2), 200, "40-651"),
+        _bullet("DroneRun", (17, 4), 200, "140-1990"),
+        _bullet("AntRun", (33, 8), 200, "150-1816"),
+        _bullet("BallCircle", (8, 2), 200, "80-886"),
+        _bullet("CarCircle", (8, 2), 300, "100-1450"),
+        _bullet("DroneCircle", (18, 4), 300, "100-1923"),
+        _bullet("AntCircle", (34, 8), 500, "200-5728"),
+        _navigation("CarButton1", (88, 2), 1000, "250-2656"),
+        _navigation("CarButton2", (88, 2), 1000, "300-3755"),
+        _navigation("CarCircle1", (40, 2), 500, "250-1271"),
+        _navigation("CarCircle2", (40, 2), 500, "400-940"),
+        _navigation("CarGoal1", (72, 2), 1000, "120-1671"),
+        _navigation("CarGoal2", (72, 2), 1000, "200-4105"),
+        _navigation("CarPush1", (88, 2), 1000, "200-2871"),
+        _navigation("CarPush2", (88, 2), 1000, "250-4407"),
+        _navigation("PointButton1", (76, 2), 1000, "200-2268"),
+        _navigation("PointButton2", (76, 2), 1000, "250-3288"),
+        _navigation("PointCircle1", (28, 2), 500, "200-1098"),
+        _navigation("PointCircle2", (28, 2), 500, "300-895"),
+        _navigation("PointGoal1", (60, 2), 1000, "100-2022"),
+        _navigation("PointGoal2", (60, 2), 1000, "200-3442"),
+        _navigation("PointPush1", (76, 2), 1000, "150-2379"),
+        _navigation("PointPush2", (76, 2), 1000, "200-3242"),
+        _velocity("AntVelocity", (27, 8), 1000, "250-2249"),
+        _velocity("HalfCheetahVelocity", (17, 6), 1000, "250-2495"),
+        _velocity("HopperVelocity", (11, 3), 1000, "250-2240"),
+        _velocity("SwimmerVelocity", (8, 2), 1000, "200-1686"),
+        _velocity("Walker2dVelocity", (17, 6), 1000, "300-2729"),
+    )
+}
+
+
+def get_task(name: str, env_id: str | None = None) -> Task:
+    """Look a task up by name, or make one of the reader's own environment.
+
+    Args:
+        name: one of the 29; not looked at where ``env_id`` is given.
+        env_id: of any environment that gymnasium can make, such as ``my_module:MyEnv-v0``.
+
+    Raises:
+        UserError: no such task (the sentence offers the nearest names), or the environment is not
+            one that can be learned and scored here.
+    """
+    if env_id is not None:
+        return own_task(env_id)
+    if name not in TASKS:
+        raise UserError(f"--task {name}: no such task; did you mean {nearest(name, TASKS)}?")
+    return TASKS[name]
+
+
+def own_task(env_id: str) -> Task:
+    """A task of the reader's own: the environment is made and stepped once to see what it is.
+
+    Raises:
+        UserError: it cannot be made, or lacks what is needed; the sentence says all of it.
+    """
+    from common.simulators import make
+
+    try:
+        env = make(env_id)
+        env.reset(seed=0)
+        info = env.step(env.action_space.sample())[-1]
+        env.close()
+        reports_cost = isinstance(info.get("cost"), int | float | np.number | np.bool_)
+    except UserError:
+        raise
+    except Exception as error:  # the environment is not ours: it may raise anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"--env-id {env_id}: making it, resetting it and a first step end with "
+            f"{type(error).__name__}: {reason}"
+        ) from None
+    observations, actions = env.observation_space, env.action_space
+    horizon = env.spec.max_episode_steps if env.spec else None
+    problems = []
+    if len(observations.shape or ()) != 1:
+        problems.append("its observations must be a flat Box (wrap it in FlattenObservation)")
+    if len(actions.shape or ()) != 1 or actions.dtype.kind != "f":
+        problems.append("its actions must be a flat Box of floats")
+    elif not all(0 < width < math.inf for width in actions.high - actions.low):
+        problems.append("its actions must be bounded, each with room between its bounds")
+    if not horizon:
+        problems.append("its episodes must end (register it with max_episode_steps)")
+    if not reports_cost:
+        problems.append("its step must report info['cost'], a number")
+    if problems:
+        raise UserError(f"--env-id {env_id}: cannot be used: {'; '.join(problems)}")
+    return Task(
+        env_id.rpartition(":")[-1].replace("/", "-"),  # names a folder
+        "own",
+        env_id,
+        observations.shape[0],
+        actions.shape[0],
+        horizon,
+        (),
+        "",
+        tuple(actions.low.tolist()),
+        tuple(actions.high.tolist()),
+    )
+
+
+def segment_length(horizon: int, cost_limits: Sequence[float]) -> int:
+    """L, steps: the default for a task with these cost limits.
+
+    The shortest segments whose labels can tell the tightest limit from "any cost is unsafe"
+    (kappa_min * L / T_max >= 1), at least 20 steps, and no more than an episode has.
+    """
+    tightest = min((limit for limit in cost_limits if limit > 0), default=math.inf)
+    return min(max(20, math.ceil(horizon / tightest)), horizon)
+
+
+def reference_returns(task: Task) -> tuple[float, float]:
+    """DSRL's lowest and highest return of one of the 29 tasks, which scores are normalised by.
+
+    Raises:
+        UserError: dsrl is not installed.
+    """
+    return infos().MIN_EPISODE_REWARD[task.name], infos().MAX_EPISODE_REWARD[task.name]
+
+
+def max_cost(task: Task) -> float:
+    """The highest cost of an episode in DSRL's own dataset of one of the 29 tasks.
+
+    Raises:
+        UserError: dsrl is not installed.
+    """
+    return infos().MAX_EPISODE_COST[task.name]
+
+
+@functools.cache
+def infos() -> ModuleType | Any:
+    """``dsrl.infos``, tables of numbers, without the simulators that ``import dsrl`` brings."""
+    found = importlib.util.find_spec("dsrl")
+    if found is None:
+        raise UserError(
+            "the reference returns are in the package dsrl, which is not installed: "
+            "pip install --no-deps dsrl==0.1.0"
+        )
+    path = Path(found.submodule_search_locations[0]) / "infos.py"
+    spec = importlib.util.spec_from_file_location("dsrl_infos", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
