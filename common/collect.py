@@ -20,6 +20,7 @@ changes no number.
 """
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import signal
@@ -366,7 +367,12 @@ def settings(args: Args) -> tuple[Task, Path, float, float, int]:
     Raises:
         UserError: a flag is missing or out of range.
     """
-    check_numbers(args, {"seed": 0}, shares=("gae_lambda", "clip"), below_1=("gamma",))
+    check_numbers(
+        args,
+        {"seed": 0, "min_return": -math.inf},
+        shares=("gae_lambda", "clip"),
+        below_1=("gamma",),
+    )
     if args.envs % args.experts:
         raise UserError(f"--envs {args.envs}: must be a multiple of --experts {args.experts}")
     if args.std_start <= 0 or args.std_end <= 0:

@@ -268,17 +268,18 @@ def reward_range(task: Task, dataset: Dataset) -> tuple[float, float]:
     """r_min and r_max, which scores are normalised by: DSRL's, or of one's own data its extremes.
 
     Raises:
-        UserError: dsrl is not installed, or the extremes of one's own data are the same.
+        UserError: dsrl is not installed.
     """
-    if task.suite == "own":
-        low, high = float(dataset.returns.min()), float(dataset.returns.max())
-        if low == high:
-            raise UserError(
-                f"{dataset.path}: every episode has the same return, {low:g}, so there is no scale "
-                "to score rewards on; give data with better and worse episodes"
-            )
-        return low, high
-    return reference_returns(task)
+    if task.suite != "own":
+        return reference_returns(task)
+    low, high = float(dataset.returns.min()), float(dataset.returns.max())
+    if low == high:  # such as 0, where the labels are people's and nobody wrote rewards down
+        print(
+            f"note: every episode in {dataset.path} has the return {low:g}, which is no scale to "
+            f"score rewards on: shown are returns less {low:g}"
+        )
+        high = low + 1
+    return low, high
 
 
 def suggested_limits(dataset: Dataset) -> tuple[float, ...]:

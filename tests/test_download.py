@@ -501,7 +501,7 @@ def test_killed_ten_times_at_random(machine, hub):
     folder = machine.home / "folder"
     before = hub.content[:5000]
     put(folder / NAME, before)
-    chance, hub.pause = random.Random(0), 0.02
+    chance, hub.pause = random.Random(0), 0.05
     for i in range(10):
         one = machine.start(DSRL_DATASET_DIR=folder)
         if i % 2:  # kill while it downloads, else while it gets there
