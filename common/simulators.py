@@ -53,10 +53,10 @@ def import_gymnasium() -> Any:
     try:
         import gymnasium
 
-        with quiet(), _arrays_as_defaults():
+        with _arrays_as_defaults():
             import safety_gymnasium.builder  # noqa: F401
         _leave_out_the_sky()
-        with quiet(), _no_dataset_folder():
+        with _no_dataset_folder():
             import dsrl  # noqa: F401
     except ImportError as error:
         raise UserError(_missing(error.name or error)) from None
@@ -111,21 +111,6 @@ def _leave_out_the_sky() -> None:
     MjModel.from_xml_string = lambda xml, assets=None: compile_model(sky.sub("", xml), assets)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Discard what is written to stdout meanwhile, from C too: the simulators greet there."""
-    sys.stdout.flush()
-    saved, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(saved, 1)
-        os.close(saved)
-        os.close(nothing)
-
-
 def make(env_id: str) -> Any:
     """Make an environment; one of the reader's own may lie in a module of the working folder.
 
@@ -136,9 +121,8 @@ def make(env_id: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` is looked for last
     try:
-        with quiet():
-            # The checker repeats, at every step, what the tests check once.
-            return gymnasium.make(env_id, disable_env_checker=True)
+        # The checker repeats, at every step, what the tests check once.
+        return gymnasium.make(env_id, disable_env_checker=True)
     except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv):
         name = env_id.rpartition(":")[-1]
         close = difflib.get_close_matches(name, gymnasium.envs.registry, n=3)
