@@ -210,8 +210,15 @@ def step_environments(pipe, env_id: str, numbers: list[int], seed: int) -> None:
         np.random.seed(words[0])
         return envs[i].reset(seed=int(words[0]))[0]
 
+    def next_actions() -> np.ndarray | None:
+        """From the script; None where it was killed."""
+        try:
+            return pipe.recv()
+        except EOFError:
+            return None
+
     pipe.send(np.asarray([reset(i) for i in range(len(envs))], np.float32))
-    while (actions := pipe.recv()) is not None:
+    while (actions := next_actions()) is not None:
         following, final, scores = [], [], np.zeros((4, len(envs)))
         for i, env in enumerate(envs):
             observation, reward, terminated, truncated, info = env.step(actions[i])
