@@ -3,9 +3,11 @@
 The downloading program is one of its own, since the package reads its variables when imported.
 """
 
+import contextlib
 import hashlib
 import http.server
 import os
+import pty
 import random
 import re
 import shutil
@@ -105,7 +107,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hub.seen.append((self.command, self.path, dict(self.headers)))
         fault = next(hub.faults["HEAD"], None) if self.command == "HEAD" else None
         if fault == "silent":
-            hub.closing.wait(60)
+            hub.closing.wait(600)
         elif fault == "login page":
             self.answer(200, {"Content-Type": "text/html"})
         elif isinstance(fault, tuple):
@@ -149,7 +151,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             os.close(self.connection.detach())
         if kind == "stalled":
-            hub.closing.wait(60)
+            hub.closing.wait(600)
         self.close_connection = len(body) < len(hub.content) - start or kind == "short"
 
 
@@ -184,7 +186,7 @@ class Machine:
             "HF_TOKEN": "secret",
         }
 
-    def start(self, program=None, prefix=(), first="", **variables):
+    def start(self, program=None, prefix=(), first="", stderr=subprocess.PIPE, **variables):
         other = re.compile("(HF|DSRL)_|.*_proxy$", re.IGNORECASE)
         kept = {key: value for key, value in os.environ.items() if not other.match(key)}
         return subprocess.Popen(
@@ -192,7 +194,7 @@ class Machine:
             cwd=ROOT,
             env=kept | self.variables | {key: str(value) for key, value in variables.items()},
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
 
@@ -215,8 +217,8 @@ class Machine:
         self.bar, self.seconds, self.error_type = bar, float(last.split()[1]), last.split()[2]
         return got, "\n".join(said), error
 
-    def gets(self, place: Path, **variables):
-        got, said, error = self.run(**variables)
+    def gets(self, place: Path, first="", **variables):
+        got, said, error = self.run(first=first, **variables)
         assert not error and got == place and place.read_bytes() == self.hub.content
         return said
 
@@ -234,7 +236,11 @@ def test_a_download_lies_in_the_cache_and_is_used_from_there(machine, hub):
     assert said.startswith(f"downloading {machine.cached} (2.4 MB) from http://127.0.0.1:")
     assert machine.bar[0].startswith(f"{NAME}:   0%|")
     assert machine.gets(machine.cached, HF_HUB_OFFLINE=1) == ""
-    assert [method for method, _, _ in hub.seen] == ["HEAD", "GET", "GET"]
+    assert [(method, path) for method, path, _ in hub.seen] == [
+        ("HEAD", f"{FOLDER}/main/{NAME}"),
+        ("GET", f"{FOLDER}/{COMMIT}/{NAME}"),
+        ("GET", f"/{NAME}"),
+    ]
     # The token is for the hub alone, and a compressed file could not be gone on with.
     sent = [headers.get("authorization") for _, _, headers in hub.seen]
     assert sent == ["Bearer secret", "Bearer secret", None]
@@ -342,6 +348,7 @@ def test_a_download_is_read_once(machine, hub):
     assert machine.run(**NO_NETWORK)[0] == machine.cached  # not hashed: it looks as it did
 
 
+SHORT = "download.PATIENCE = 1.0"
 MENDED = {
     "reset": [("reset", 500_000)] * 3,
     "broken off": [("broken", 300_000)] * 4,
@@ -360,12 +367,20 @@ def test_a_fault_that_passes_is_mended(name, machine, hub):
     machine.gets(machine.cached, HF_HUB_DOWNLOAD_TIMEOUT=1)
     if name in ("reset", "broken off", "ends early"):
         assert hub.ranges() == sorted(set(hub.ranges())), "it goes on where it broke off"
+    if name == "no ranges":
+        assert hub.ranges() == [0, 300_000], "what came before is dropped at once"
     assert not list(machine.home.rglob("*.part"))
 
 
 def test_errors_of_the_hub_that_pass(machine, hub):
     hub.faults["HEAD"] = iter([503, 502])
     machine.gets(machine.cached)
+
+
+def test_patience_begins_anew_with_each_byte(machine, hub):
+    hub.pause = 0.02  # slower than the program is patient
+    hub.faults["GET"] = iter([("broken", 1_200_000), ("reset", 0)])
+    machine.gets(machine.cached, first=SHORT)
 
 
 def test_a_download_given_up_goes_on_the_next_time(machine, hub):
@@ -376,7 +391,6 @@ def test_a_download_given_up_goes_on_the_next_time(machine, hub):
     assert hub.ranges()[-1] == 300_000
 
 
-SHORT = "download.PATIENCE = 1.0"
 REFUSED = {
     "no such file": ("HEAD", [(404, "EntryNotFound")], "answers 404 Not Found"),
     "no such dataset": ("HEAD", [(401, "RepoNotFound")], "check the token in HF_TOKEN"),
@@ -475,6 +489,21 @@ def test_two_at_once_download_it_once(machine, hub):
         assert one.returncode == 0 and f"got {machine.home / 'folder' / NAME}" in out, err
     assert hub.ranges() == [0]
     assert (machine.home / "folder" / NAME).read_bytes() == hub.content
+
+
+def test_progress_is_shown_on_a_terminal(machine, hub):
+    hub.pause = 0.005
+    ours, its = pty.openpty()
+    one = machine.start(stderr=its)
+    os.close(its)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end
+        while more := os.read(ours, 1000):
+            shown += more
+    os.close(ours)
+    one.communicate(timeout=120)
+    percents = [int(x) for x in re.findall(rb"(\d+)%", shown)]
+    assert percents == sorted(percents) and len(set(percents)) > 3
 
 
 def wait_for(condition):

@@ -1,10 +1,16 @@
 """What the README says of the code is true of it."""
 
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+from common.dataset import load_dataset
 from common.evaluation import summary
+from common.tasks import get_task, reference_returns
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,7 +22,7 @@ def measured(name):
 
 def test_every_equation_stands_on_the_line_named():
     source = (ROOT / "algorithms" / "presa.py").read_text().splitlines()
-    rows = re.findall(r"^\| ([^|]+) \| .* \| (\d+) \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| (B\.4|eq[^|]+) \| .* \| (\d+) \|$", README, re.MULTILINE)
     assert len(rows) == 11
     for equation, line in rows:
         assert equation in source[int(line) - 1], f"line {line} is not {equation}"
@@ -32,6 +38,30 @@ def test_every_measured_row_is_the_row_of_its_file():
         costs = [run["normalized_cost"] for run in results["runs"]]
         assert means == f"{results['normalized_reward']:.2f} / {results['normalized_cost']:.2f}"
         assert (int(safe), worst) == (sum(cost <= 1 for cost in costs), f"{max(costs):.2f}"), name
+
+
+def test_every_other_stand_in_is_the_row_of_its_file():
+    pattern = r"^\| (\w+) \| \w+ \| (\d) of 3 \| ([\d.]+) \| (\S+ / \S+) \| `(\S+)\.json` \|$"
+    rows = re.findall(pattern, README, re.MULTILINE)
+    assert len(rows) == len(list((ROOT / "common" / "measured").glob("standin-*.json"))) >= 8
+    for task, safe, worst, means, name in rows:
+        results = measured(name)
+        costs = [run["normalized_cost"] for run in results["runs"]]
+        assert results["task"] == task
+        assert means == f"{results['normalized_reward']:.2f} / {results['normalized_cost']:.2f}"
+        assert (int(safe), worst) == (sum(cost <= 1 for cost in costs), f"{max(costs):.2f}"), name
+
+
+def test_what_the_collector_reached_is_what_the_bundled_file_holds():
+    (row,) = re.findall(r"^\| BallRun \| `--episodes .*\|$", README, re.MULTILINE)
+    dataset = load_dataset(get_task("BallRun"), "bundled")
+    best = [dataset.returns[dataset.episode_costs <= limit].max() for limit in (10, 20, 40)]
+    above = (dataset.returns[dataset.episode_costs <= 10] > best[0] / 2).sum()
+    share = dataset.returns.max() / reference_returns(get_task("BallRun"))[1]
+    assert f"| {dataset.returns.max():.4g} ({share:.0%}) |" in row
+    within = zip(best, (500, 500, 700), strict=True)
+    assert " · ".join(f"{x:.3g} ({x / y:.0%})" for x, y in within) in row
+    assert row.endswith(f"| {above} |")
 
 
 def test_every_choice_of_a_default_is_the_row_of_its_files():
@@ -53,3 +83,29 @@ def test_what_a_newcomer_is_promised_is_what_was_measured():
 
 def test_presa_stays_one_short_file():
     assert len((ROOT / "algorithms" / "presa.py").read_text().splitlines()) <= 350
+
+
+def test_the_example_of_ones_own_environment_runs_as_it_stands(tmp_path):
+    """Its commands, as a reader types them in a folder with the module; only the budgets shrink."""
+    section = README.partition("### Your own environment")[2].partition("\n### ")[0]
+    (module,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (commands,) = re.findall(r"```\n(python .*?)```", section, re.DOTALL)
+    (tmp_path / "sprint.py").write_text(module)
+    smaller = {
+        "common/collect.py": "--steps 20000",
+        "common/card.py": "",
+        "algorithms/presa.py": "--bc-steps 50 --steps 50 --eval-episodes 2 --num-pairs 500",
+    }
+    said = {}
+    environment = {**os.environ, "COLUMNS": "100"}
+    for command in commands.splitlines():
+        _, script, *flags = shlex.split(command)
+        flags += smaller[script].split()
+        run = [sys.executable, ROOT / script, *flags]
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        said[script] = done.stdout
+    assert set(said) == set(smaller)
+    assert "sprint.hdf5: " in said["common/collect.py"]
+    assert "Sprint-v0: own, sprint:Sprint-v0" in said["common/card.py"]
+    assert "seeds 0 × limits 5, 10, 20; data file" in said["algorithms/presa.py"]
