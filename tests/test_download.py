@@ -4,6 +4,7 @@ The downloading program is one of its own, since the package reads its variables
 """
 
 import contextlib
+import fcntl
 import hashlib
 import http.server
 import os
@@ -16,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from itertools import chain, repeat
@@ -494,6 +496,7 @@ def test_two_at_once_download_it_once(machine, hub):
 def test_progress_is_shown_on_a_terminal(machine, hub):
     hub.pause = 0.005
     ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # lines and columns
     one = machine.start(stderr=its)
     os.close(its)
     shown = b""
@@ -516,7 +519,8 @@ def wait_for(condition):
 def test_an_interrupted_download_goes_on(machine, hub):
     hub.pause = 0.02
     part = machine.cached.parent / ".cache" / "huggingface" / f"{NAME}.part"
-    one = machine.start()
+    # A test run in the background ignores the key, and so would a program that it starts.
+    one = machine.start(first="signal.signal(signal.SIGINT, signal.default_int_handler)")
     wait_for(lambda: part.exists() and part.stat().st_size > 500_000)
     one.send_signal(signal.SIGINT)
     _, err = one.communicate(timeout=120)
