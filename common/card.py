@@ -9,7 +9,6 @@ The last helps to choose cost limits: without --cost-limits the card suggests so
 
 import contextlib
 import math
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -23,8 +22,22 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import UserError, check_numbers, parse_args, run_main
-from common.dataset import Dataset, get_cost_limits, load_dataset, reward_range, suggested_limits
+from common.cli import (
+    UserError,
+    check_numbers,
+    check_output,
+    parse_args,
+    run_main,
+    whole_file,
+)
+from common.dataset import (
+    Dataset,
+    check_cost_limits,
+    get_cost_limits,
+    load_dataset,
+    reward_range,
+    suggested_limits,
+)
 from common.tasks import Task, get_task, max_cost, reference_returns, segment_length
 
 BLOCK = "\N{FULL BLOCK}"  # what the histograms' bars are made of
@@ -249,22 +262,6 @@ def showable(text: str, encoding: str) -> str:
         return text.replace(BLOCK, "#").encode(encoding, "replace").decode(encoding)
 
 
-def check_output(path: Path) -> None:
-    """Look, before the work is done, whether a picture can be written there.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if os.path.isdir(path):
-        raise UserError(f"--output {path}: is a folder; give the name of a file in it")
-    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--output {path}: the name of a picture ends in .png, .pdf or .svg")
-    if not os.path.isdir(path.parent):
-        raise UserError(f"--output {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--output {path}: the folder {path.parent} cannot be written to")
-
-
 def limit_labels(limits: Sequence[float], low: float, high: float) -> list[str]:
     """Labels for the limits in ascending order on an axis from low to high.
 
@@ -309,13 +306,10 @@ def draw(task: Task, dataset: Dataset, limits: Sequence[float], path: Path) -> N
         each.tick_params(labelsize=7)
     title = f"{task.name}, data: {dataset.source}, {episodes} episodes"
     figure.suptitle(textwrap.fill(title, 52), fontsize=8)
-    part = path.with_name(path.name + ".part")
     try:
-        figure.savefig(part, dpi=300, format=path.suffix[1:].lower())
-        os.replace(part, path)
+        with whole_file(path) as part:
+            figure.savefig(part, dpi=300, format=path.suffix[1:].lower())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         reason = error.strerror or error
         raise UserError(f"--output {path}: cannot be written ({reason})") from None
     finally:
@@ -345,12 +339,12 @@ def main() -> None:
     check_numbers(args)
     asked = args.cost_limits
     if asked is not None:
-        finite = all(0 <= limit < math.inf for limit in asked)
-        if not asked or len(set(asked)) < len(asked) or not finite:
-            raise UserError("--cost-limits: give one or more different finite numbers, 0 or more")
+        check_cost_limits(asked)
     task = get_task(args.task, args.env_id)
     output = args.output or Path(f"{task.name}.png")
     check_output(output)
+    if output.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--output {output}: the name of a picture ends in .png, .pdf or .svg")
     dataset = load_dataset(task, args.data)
     if asked is None and task.suite == "own":
         asked = suggested_limits(dataset)

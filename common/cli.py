@@ -5,13 +5,16 @@ import dataclasses
 import difflib
 import io
 import math
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import tyro
+from tqdm import tqdm
 
 ArgsT = TypeVar("ArgsT")
 
@@ -91,6 +94,44 @@ def get_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA GPU that torch can use; give cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_output(path: Path) -> None:
+    """Look, before the work is done, whether the file of ``--output`` can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"--output {path}: is a folder; give the name of a file in it")
+    if not os.path.isdir(path.parent):
+        raise UserError(f"--output {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--output {path}: the folder {path.parent} cannot be written to")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to; it becomes ``path`` afterwards, or nothing is left if writing fails."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def cpu_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def progress_bar(**settings: Any) -> tqdm:
+    """tqdm as wide as the terminal; a log file gets few lines."""
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(dynamic_ncols=True, mininterval=seconds, **settings)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

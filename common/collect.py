@@ -36,13 +36,23 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import TrainingError, UserError, check_numbers, parse_args, run_main
+from common.cli import (
+    TrainingError,
+    UserError,
+    check_numbers,
+    check_output,
+    cpu_cores,
+    parse_args,
+    progress_bar,
+    run_main,
+    whole_file,
+)
 from common.simulators import check_installed, import_gymnasium, make
-from common.tasks import Task, get_task, infos
+from common.tasks import Task, get_task, reference_returns
+from common.tasks import max_cost as dsrl_max_cost
 
 
 @dataclass
@@ -238,8 +248,7 @@ class Environments:
             UserError: a simulator is not installed.
         """
         check_installed()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(workers or cores, count)
+        workers = min(workers or cpu_cores(), count)
         spawn = multiprocessing.get_context("spawn")
         self.shares = np.array_split(np.arange(count), workers)
         self.pipes = []
@@ -359,13 +368,11 @@ def write(
     attributes: dict[str, str],
 ) -> None:
     """Write episodes as a dataset in DSRL's keys; the file gets its name when it is whole."""
-    part = path.with_name(path.name + ".part")
-    with h5py.File(part, "w") as file:
+    with whole_file(path) as part, h5py.File(part, "w") as file:
         for key in keys:
             array = np.concatenate([episode[key] for episode in episodes])
             file.create_dataset(key, data=array, compression="gzip", shuffle=True)
         file.attrs.update(attributes)
-    os.replace(part, path)
 
 
 def settings(args: Args) -> tuple[Task, Path, float, float, int]:
@@ -392,13 +399,12 @@ def settings(args: Args) -> tuple[Task, Path, float, float, int]:
         min_return = -np.inf if min_return is None else min_return
         episodes = episodes or 1000
     else:
-        max_cost = max_cost or infos().MAX_EPISODE_COST[task.name]
+        max_cost = max_cost or dsrl_max_cost(task)
         if min_return is None:
-            min_return = infos().MIN_EPISODE_REWARD[task.name]
+            min_return = reference_returns(task)[0]
         episodes = episodes or int(task.dsrl_file.removesuffix(".hdf5").split("-")[-1])
     output = args.output or Path(f"Safety{task.name}.hdf5")
-    if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {output}: give a file name in a folder that can be written to")
+    check_output(output)
     return task, output, max_cost, min_return, episodes
 
 
@@ -429,7 +435,7 @@ def main() -> None:
         return torch.from_numpy(scaled.astype(np.float32)).view(shape).movedim(-3, 0)
 
     iterations = -(-args.steps // (args.rollout * args.envs))
-    bar = tqdm(total=iterations, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
+    bar = progress_bar(total=iterations)
     for iteration in range(iterations):
         progress = iteration / iterations
         limit = limits_at(progress, args.experts, args, max_cost)

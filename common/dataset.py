@@ -7,6 +7,7 @@ names everything that is wrong with it.
 """
 
 import hashlib
+import math
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ import h5py
 import numpy as np
 
 from common.cli import UserError
-from common.download import Offline, fetch
+from common.download import Offline, fetch, hash_file
 from common.tasks import Task, reference_returns
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
@@ -257,11 +258,7 @@ def _read(key: str, held: h5py.Dataset) -> tuple[np.ndarray, list[str]]:
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hash_file(path, hashlib.sha256())
 
 
 def reward_range(task: Task, dataset: Dataset) -> tuple[float, float]:
@@ -294,7 +291,8 @@ def get_cost_limits(
     """The limits asked for, else the task's.
 
     Raises:
-        UserError: a task of one's own has none; the sentence suggests some.
+        UserError: they are no limits; or a task of one's own has none, and the sentence suggests
+            some.
     """
     if asked is None and not task.cost_limits:
         offer = " ".join(f"{x:g}" for x in suggested_limits(dataset))
@@ -302,4 +300,18 @@ def get_cost_limits(
             f"--cost-limits: say what counts as unsafe in {task.name}; a tenth, a quarter and a "
             f"half of the episodes in {dataset.path} stay within --cost-limits {offer}"
         )
-    return task.cost_limits if asked is None else asked
+    if asked is None:
+        return task.cost_limits
+    check_cost_limits(asked)
+    return asked
+
+
+def check_cost_limits(limits: tuple[float, ...]) -> None:
+    """Check the limits of ``--cost-limits``.
+
+    Raises:
+        UserError: there is none, or one is not a limit or stands there twice.
+    """
+    proper = all(0 <= limit < math.inf for limit in limits)
+    if not limits or len(set(limits)) < len(limits) or not proper:
+        raise UserError("--cost-limits: give one or more different finite numbers, 0 or more")

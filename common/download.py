@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import os
 import re
-import sys
 import time
 from concurrent import futures
 from pathlib import Path
@@ -13,9 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import h5py
-from tqdm import tqdm
 
-from common.cli import UserError
+from common.cli import UserError, progress_bar
 
 REPO = "YYY-45/DSRL"  # a dataset repository
 ANSWER = 4.0  # seconds; with no answer by then we are offline
@@ -126,15 +124,20 @@ def _is_whole(path: Path, expected: str, place: Path | None = None) -> bool:
         if note.read_text() == line:
             return True
     digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % stat.st_size)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
+    if hash_file(path, digest) != expected:
         return False
     with contextlib.suppress(OSError):  # a read-only folder: then it is read every time
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(line)
     return True
+
+
+def hash_file(path: Path, digest: Any) -> str:
+    """The hash of a file's bytes, in hexadecimal, by one of hashlib's digests."""
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _ask(hub: ModuleType, filename: str) -> Any:
@@ -206,13 +209,12 @@ def _receive(hub: ModuleType, filename: str, part: Path, listed: Any) -> None:
 
     url = hub.hf_hub_url(REPO, filename, repo_type="dataset", revision=listed.commit_hash)
     headers = hub.utils.build_hf_headers() | {"Accept-Encoding": "identity"}
-    shown = {"total": listed.size, "unit": "B", "unit_scale": True, "dynamic_ncols": True}
-    shown["mininterval"] = 0.1 if sys.stderr.isatty() else 30  # seconds; a log needs few lines
+    shown = {"total": listed.size, "unit": "B", "unit_scale": True, "leave": False}
     timeout = hub.constants.HF_HUB_DOWNLOAD_TIMEOUT  # of each read
     deadline = time.monotonic() + PATIENCE
     with (
         open(part, "ab") as file,
-        tqdm(desc=filename, initial=file.tell(), leave=False, **shown) as bar,
+        progress_bar(desc=filename, initial=file.tell(), **shown) as bar,
     ):
         while (have := file.tell()) < listed.size:
             reason = "it breaks off"

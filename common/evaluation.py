@@ -31,7 +31,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.cli import UserError, check_numbers, parse_args, run_main
+from common.cli import UserError, check_numbers, cpu_cores, parse_args, run_main
 from common.simulators import check_installed, import_gymnasium, make
 from common.tasks import Task, reference_returns
 
@@ -149,8 +149,7 @@ class Evaluator:
         """
         check_installed()
         self.task, self.script, self.episodes = task, script, episodes
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = workers or min(cores, policies * -(-episodes // EPISODES_PER_UNIT))
+        workers = workers or min(cpu_cores(), policies * -(-episodes // EPISODES_PER_UNIT))
         spawn = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
         self.reward_range = reward_range

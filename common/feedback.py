@@ -19,7 +19,6 @@ preference [P], safe_label [P, 2], segment_length, dataset_sha256. A pair withou
 serves the safety term alone. The README shows how to make one.
 """
 
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import UserError, check_numbers, parse_args, run_main
+from common.cli import (
+    UserError,
+    check_numbers,
+    check_output,
+    parse_args,
+    run_main,
+    whole_file,
+)
 from common.dataset import Dataset, file_sha256, get_cost_limits, load_dataset
 from common.tasks import Task, get_task, segment_length
 
@@ -142,8 +148,7 @@ def indistinct_limits(feedback: Feedback) -> list[tuple[float, float]]:
 
 def save_feedback(feedback: Feedback, path: Path) -> None:
     """Write a feedback file; it appears under its name only when whole."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
+    with whole_file(path) as part, open(part, "wb") as file:
         np.savez_compressed(
             file,
             segment_starts=feedback.segment_starts,
@@ -155,7 +160,6 @@ def save_feedback(feedback: Feedback, path: Path) -> None:
             dataset_sha256=feedback.dataset_sha256,
             preference_noise=feedback.provenance["preference_noise"],
         )
-    os.replace(part, path)
 
 
 def load_feedback(
@@ -271,7 +275,7 @@ def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
         UserError: a flag is out of range, the file and the flags disagree, or no segment is safe.
     """
     cost_limits = get_cost_limits(task, dataset, args.cost_limits)
-    _check_flags(args.seeds, cost_limits)
+    _check_seeds(args.seeds)
     if args.feedback is None:
         feedback = _make(dataset, task, args, cost_limits)
     else:
@@ -304,14 +308,10 @@ def _make(dataset: Dataset, task: Task, args: Any, cost_limits: tuple[float, ...
     return make_feedback(dataset, task, args.seeds, cost_limits, length, args.num_pairs, noise)
 
 
-def _check_flags(seeds: tuple[int, ...], cost_limits: tuple[float, ...]) -> None:
+def _check_seeds(seeds: tuple[int, ...]) -> None:
     in_range = all(0 <= seed < 2**63 for seed in seeds)
     if not seeds or not in_range or len(set(seeds)) < len(seeds):
         raise UserError("--seeds: give one or more different whole numbers, none negative")
-    if not cost_limits or len(set(cost_limits)) < len(cost_limits):
-        raise UserError("--cost-limits: give one or more different numbers")
-    if not all(0 <= limit < float("inf") for limit in cost_limits):
-        raise UserError("--cost-limits: a limit is a finite number, 0 or more")
 
 
 def _say_what_labels_tell(feedback: Feedback) -> None:
@@ -364,11 +364,10 @@ def main() -> None:
     args = parse_args(Args)
     task = get_task(args.task, args.env_id)
     check_numbers(args, shares=("preference_noise",))
-    if args.output.is_dir():
-        raise UserError(f"--output {args.output}: is a folder; give the name of a file in it")
+    check_output(args.output)
     dataset = load_dataset(task, args.data)
     limits = get_cost_limits(task, dataset, args.cost_limits)
-    _check_flags(args.seeds, limits)
+    _check_seeds(args.seeds)
     feedback = _make(dataset, task, args, limits)
     _say_what_labels_tell(feedback)
     try:

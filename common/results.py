@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from common.cli import TrainingError, UserError, get_device
+from common.cli import TrainingError, UserError, get_device, progress_bar, whole_file
 from common.dataset import Dataset, reward_range
 from common.evaluation import ROOT, Evaluator, Scores, mean_scores, summary
 from common.feedback import Feedback
@@ -97,13 +96,7 @@ class Run:
         self.last: dict[str, np.ndarray] = {}  # the means written last, [S, K] or [S] each
         self.shown: dict[str, str] = {}
         self.scores: Scores | None = None
-        self.bar = tqdm(
-            total=total_steps,
-            unit="step",
-            dynamic_ncols=True,
-            leave=False,
-            mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; a log file needs few lines
-        )
+        self.bar = progress_bar(total=total_steps, unit="step", leave=False)
 
     def log(self, stage: str, step: int, metrics: dict[str, Tensor]) -> None:
         """Take the metrics of one step; every ``log_every`` steps, write their means.
@@ -201,22 +194,19 @@ class Run:
 
     def save_policy(self, parameters: dict[str, Tensor]) -> None:
         """Write policy.pt: what ``common/evaluation.py`` needs, loadable with weights_only."""
-        part = self.folder / "policy.pt.part"
-        torch.save(
-            {
-                "script": self.script,
-                "task": self.task.name,
-                "played": dataclasses.asdict(self.task),
-                "reward_range": self.reward_range,
-                "data": self.dataset.provenance,
-                "config": self.config,
-                "seeds": list(self.seeds),
-                "cost_limits": list(self.cost_limits),
-                "parameters": {name: p.detach().cpu() for name, p in parameters.items()},
-            },
-            part,
-        )
-        os.replace(part, self.folder / "policy.pt")
+        policy = {
+            "script": self.script,
+            "task": self.task.name,
+            "played": dataclasses.asdict(self.task),
+            "reward_range": self.reward_range,
+            "data": self.dataset.provenance,
+            "config": self.config,
+            "seeds": list(self.seeds),
+            "cost_limits": list(self.cost_limits),
+            "parameters": {name: p.detach().cpu() for name, p in parameters.items()},
+        }
+        with whole_file(self.folder / "policy.pt") as part:
+            torch.save(policy, part)
 
     def _result_rows(self, final: dict[str, Any]) -> list[dict[str, Any]]:
         if self.scores is not None:
@@ -294,17 +284,15 @@ class Run:
             f"{self.algorithm} on {self.task.name}, data {self.dataset.source}, {seeds}{band}",
             fontsize=10,
         )
-        part = self.folder / "curves.part.png"
-        figure.savefig(part, dpi=150)
+        with whole_file(self.folder / "curves.png") as part:
+            figure.savefig(part, dpi=150, format="png")
         plt.close(figure)
-        os.replace(part, self.folder / "curves.png")
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write a file that appears under its name only when whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(part, path)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _make_folder(parent: Path) -> Path:

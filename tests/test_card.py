@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -337,9 +338,9 @@ def test_bad_input_is_one_sentence_before_any_work(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "load_dataset", lambda *_: pytest.fail("the data were read"))
     (tmp_path / "locked").mkdir()
-    access = module.os.access  # for root every folder is writable
+    access = os.access  # for root every folder is writable
     monkeypatch.setattr(
-        module.os, "access", lambda path, mode: "locked" not in str(path) and access(path, mode)
+        os, "access", lambda path, mode: "locked" not in str(path) and access(path, mode)
     )
     code, out, err = run_script(module.main, *flags.format(tmp_path).split())
     assert code == 2 and out == ""
