@@ -50,36 +50,18 @@ from torch.func import functional_call, stack_module_state
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_numbers, get_device, parse_args, run_main
+from common.args import FeedbackArgs, OutputArgs, check_args
+from common.cli import get_device, parse_args, run_main
 from common.dataset import load_dataset
+from common.dropout import dropout_masks
 from common.feedback import get_feedback
 from common.results import Run
 from common.tasks import get_task
 
 
 @dataclass
-class Args:
+class Args(OutputArgs, FeedbackArgs):
     """PreSa: preferences under a safety constraint, by a Lagrangian."""
-
-    # ---- task, data and feedback
-    task: str = "BallRun"
-    """name of the task"""
-    env_id: str | None = None
-    """your own environment in place of the task: the file --data is of it"""
-    data: str = "auto"
-    """auto (DSRL's own, else bundled) | dsrl | bundled | path of an HDF5 file in DSRL's format"""
-    feedback: Path | None = None
-    """load labelled pairs from this .npz (see common/feedback.py); default: made from the data"""
-    num_pairs: int = 10_000
-    """pairs of segments (paper, section 6.1)"""
-    segment_length: int | None = None
-    """L, steps; default: by a rule, see README"""
-    preference_noise: float = 0.0
-    """share of the preferences that are flipped; 1 turns every one round"""
-    seeds: tuple[int, ...] = (0,)
-    """one training run for each, at each cost limit"""
-    cost_limits: tuple[float, ...] | None = None
-    """kappa, summed cost of an episode; default: the suite's three (DSRL)"""
 
     # ---- objective
     objective: Literal["presa", "preference", "safety"] = "presa"
@@ -94,6 +76,8 @@ class Args:
     """eta = lambda_u n_u / (lambda_s n_s), weight of unsafe over safe (eq. 10; paper, Table 13)"""
     delta: float = 0.95
     """delta, required mean probability of the right safety label (eq. 12; paper, Table 14)"""
+    z_ref: Literal["batch", "none"] = "batch"
+    """reference point of the score: the batch's mean, or 0 (Table 2)"""
     nu_init: float = 1.0
     """nu at the start, objective presa (ours)"""
     nu_lr: float = 5e-2
@@ -117,20 +101,6 @@ class Args:
     dropout: float = 0.25
     """probability, in 1/256, of dropping a hidden unit (B.4 names no value; ours)"""
 
-    # ---- evaluation and output
-    eval_episodes: int = 20
-    """episodes of each run at an evaluation; 0: none, and no simulator is needed"""
-    eval_every: int = 500
-    """steps between evaluations; the last policy is always evaluated"""
-    log_every: int = 100
-    """steps that a row of metrics.csv is the mean of"""
-    device: str = "auto"
-    """auto (a GPU where there is one) | cpu | cuda"""
-    output_dir: Path = Path("runs")
-    """the run's folder is made under it: <algorithm>/<task>/<time>"""
-    track: bool = False
-    """log to Weights & Biases as well (WANDB_MODE=offline works)"""
-
 
 class Policy(nn.Module):
     """Two hidden layers, ReLU, dropout; tanh onto the action box [-1, 1] (paper, B.4)."""
@@ -151,18 +121,6 @@ class Policy(nn.Module):
 def log_prob(action_mean: Tensor, action: Tensor) -> Tensor:
     """log pi(a|s) = -|pi(s) - a|^2 up to a constant (B.4): [..., action_dim] twice -> [...]."""
     return -(action_mean - action).square().sum(-1)  # B.4
-
-
-def dropout_masks(shape: tuple[int, ...], rate: float, generator: torch.Generator) -> Tensor:
-    """Zeros with probability ``rate`` (to 1/256), else the scale that keeps the mean.
-
-    One draw of 64 random bits serves eight units: on a CPU eight times cheaper than a draw each.
-    """
-    threshold = min(round(rate * 256), 255)
-    draws = torch.empty(-(-int(np.prod(shape)) // 8), dtype=torch.int64, device=generator.device)
-    random_bytes = draws.random_(-(2**63), None, generator=generator).view(torch.uint8)
-    keep = random_bytes[: int(np.prod(shape))].view(shape) >= threshold
-    return keep * (256 / (256 - threshold))
 
 
 # ---------------------------------------------------------------------------------- the losses
@@ -198,8 +156,8 @@ def constraint_violation(probability: Tensor, weight: Tensor, delta: float) -> T
 def class_weights(safe_label: Tensor, eta: float) -> Tensor:
     """w(y): lambda_u n_u / (lambda_s n_s) = eta, and a mean of 1 over all segments -> [P, 2].
 
-    safe_label is [P, 2], +1 or -1, at least one +1. Where all are safe the safety term has nothing
-    to say and every weight is 0.
+    safe_label is [P, 2], +1 or -1, at least one +1; 0, of a pair left out, counts for nothing.
+    Where all are safe the safety term has nothing to say and every weight is 0.
     """
     safe, unsafe = (safe_label > 0).float(), (safe_label < 0).float()
     n_safe, n_unsafe, n = safe.sum(), unsafe.sum(), safe_label.numel()
@@ -213,17 +171,20 @@ def presa_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 15 for one run: the Lagrangian of a batch, and what to log of it, all scalars.
 
-    score is [B, 2], of preferred and rejected; labels are safe_label [B, 2] (+1 or -1), weight
-    [B, 2], has_preference [B] (0: the pair serves the safety term alone); nu is a scalar.
+    score is [B, 2], of preferred and rejected; labels are safe_label [B, 2] (+1, -1; 0: left out),
+    weight [B, 2], has_preference [B] (0: the pair serves the safety term alone); nu is a scalar.
     """
     safe_label, weight, has_preference = labels
     preference = preference_loss(score, has_preference, args.alpha)
-    z_ref = args.beta * score.detach().mean()  # no gradient, no clamp (below eq. 7)
+    known = safe_label.abs()  # no gradient through z_ref, and no clamp at zero (below eq. 7)
+    z_ref = args.beta * (score.detach() * known).mean() / known.mean().clamp(min=1e-6)  # eq. 7
+    z_ref = z_ref if args.z_ref == "batch" else torch.zeros_like(z_ref)
     probability = safety_probability(score, safe_label, args.beta, z_ref)
     violation = constraint_violation(probability, weight, args.delta)
     loss = (args.objective != "safety") * preference + nu * violation  # eq. 15
 
-    safe, right = (safe_label > 0).float(), (score[:, 0] > score[:, 1]).float()
+    safe, unsafe = (safe_label > 0).float(), (safe_label < 0).float()
+    right = (score[:, 0] > score[:, 1]).float()
     metrics = {
         "loss": loss,
         "preference_loss": preference,
@@ -232,7 +193,7 @@ def presa_loss(
         "weighted_probability": (weight * probability).mean(),
         "z_ref": z_ref,
         "safe_score": masked_mean(score, safe),
-        "unsafe_score": masked_mean(score, 1 - safe),
+        "unsafe_score": masked_mean(score, unsafe),
         "preference_accuracy": masked_mean(right, has_preference),
         "preference_accuracy_safe": masked_mean(right, safe.prod(1) * has_preference),
     }
@@ -246,7 +207,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def main() -> None:
     args = parse_args(Args)
-    check_numbers(args, {"eval_episodes": 0}, ("preference_noise", "delta"), below_1=("dropout",))
+    check_args(args, shares=("delta",))
 
     # ---- setup: nothing is written before all input is checked
     task = get_task(args.task, args.env_id)
@@ -254,11 +215,11 @@ def main() -> None:
     dataset = load_dataset(task, args.data)
     feedback = get_feedback(dataset, task, args)
     starts, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
-    num_limits, num_pairs, length = safe_label.shape[1], starts.shape[1], feedback.segment_length
+    limits, num_pairs, length = feedback.cost_limits, starts.shape[1], feedback.segment_length
     weight = torch.vmap(torch.vmap(lambda y: class_weights(y, args.eta)))(safe_label)  # [S,K,P,2]
     observations = torch.from_numpy(dataset.observations).to(device)
     actions = torch.from_numpy(dataset.actions).to(device)
-    run = Run(args, __file__, task, dataset, feedback, args.bc_steps + args.steps)
+    run = Run(args, __file__, task, dataset, limits, args.bc_steps + args.steps, feedback)
     policies, generators = [], []
     for seed in args.seeds:
         torch.manual_seed(seed)
@@ -301,18 +262,17 @@ def main() -> None:
     # ---- stage two: the Lagrangian; a policy and a multiplier for each seed and limit
     def run_loss(parameters, nu, labels, shared):
         """Eq. 15 of one run, on the batch of pairs drawn for its seed."""
-        (safe_label, weight), (starts, has_preference, ref_log_prob, pairs, masks) = labels, shared
+        starts, ref_log_prob, pairs, masks = shared
         steps = starts[pairs][..., None] + torch.arange(length, device=device)  # [B, 2, L]
         mean = functional_call(policy, parameters, (observations[steps].flatten(0, 2), masks))
         logp = log_prob(mean, actions[steps].flatten(0, 2)).view(steps.shape)
         score = segment_score(logp, ref_log_prob[steps], args.gamma)
-        labels = (safe_label[pairs], weight[pairs], has_preference[pairs])
-        return presa_loss(score, labels, nu, args)
+        return presa_loss(score, tuple(x[pairs] for x in labels), nu, args)
 
     # The runs of one seed share all but parameters, nu and labels: the inner map's None.
     all_runs = torch.vmap(torch.vmap(run_loss, in_dims=(0, 0, 0, None)))
     parameters = {
-        name: p.detach()[:, None].repeat_interleave(num_limits, 1).requires_grad_()
+        name: p.detach()[:, None].repeat_interleave(len(limits), 1).requires_grad_()
         for name, p in parameters.items()
     }  # [S, K, ...]
     modules = {"presa": (args.nu_init, args.nu_lr), "preference": (0.0, 0.0), "safety": (1.0, 0.0)}
@@ -323,8 +283,8 @@ def main() -> None:
         # 1. draw a batch of pairs for each seed
         batch = draw(num_pairs, args.batch_size, args.batch_size * 2 * length)
         # 2. the Lagrangian of every run, eq. 15
-        shared = (starts, has_preference, ref_log_prob, *batch)
-        loss, metrics = all_runs(parameters, nu, (safe_label, weight), shared)  # [S, K] each
+        labels, shared = (safe_label, weight, has_preference), (starts, ref_log_prob, *batch)
+        loss, metrics = all_runs(parameters, nu, labels, shared)  # [S, K] each
         # 3. theta descends
         optimizer.zero_grad()
         loss.sum().backward()

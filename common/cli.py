@@ -58,7 +58,7 @@ def check_numbers(
     shares: tuple[str, ...] = (),
     below_1: tuple[str, ...] = (),
 ) -> None:
-    """Check every whole number (>= 1) and every fraction (>= 0, finite) of the arguments.
+    """Check every whole number (>= 1), every fraction (>= 0, finite) and the seeds, if any.
 
     Args:
         args: a script's dataclass of arguments.
@@ -69,6 +69,9 @@ def check_numbers(
     Raises:
         UserError: names the first flag that is out of its range.
     """
+    seeds = getattr(args, "seeds", (0,))
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
+        raise UserError("--seeds: give one or more different whole numbers, none negative")
     for name, value in dataclasses.asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         low = (at_least or {}).get(name, 1 if isinstance(value, int) else 0)

@@ -12,7 +12,7 @@ transitions stay in the dataset. With S seeds, K cost limits and P pairs, a file
     safe_label       [S, K, P, 2] int8 +1 safe, -1 unsafe
     segment_length, seeds [S], cost_limits [K], dataset_sha256
 
-    preference_noise           the share of flipped preferences, for the record
+    preference_noise, label_noise    the shares that were flipped, for the record
 
 A file from people has one set of labels, so no seeds and no cost limits: segment_starts [P, 2],
 preference [P], safe_label [P, 2], segment_length, dataset_sha256. A pair without a preference
@@ -47,7 +47,7 @@ class Feedback:
 
     segment_starts: np.ndarray  # [S, P, 2] int64
     preference: np.ndarray  # [S, P] int8: 0, 1, or -1 for none
-    safe_label: np.ndarray  # [S, K, P, 2] int8: +1 or -1
+    safe_label: np.ndarray  # [S, K, P, 2] int8: +1 or -1; 0 where the pair is left out
     segment_length: int  # L, steps
     seeds: tuple[int, ...]
     cost_limits: tuple[float, ...]
@@ -58,14 +58,18 @@ class Feedback:
         """The feedback as training wants it, of each pair the preferred segment first.
 
         Returns:
-            segment starts [S, P, 2] int64, safe labels [S, K, P, 2] float +1 or -1, and where
-            there is a preference [S, P] float 1 or 0.
+            segment starts [S, P, 2] int64, safe labels [S, K, P, 2] float +1 or -1 (0 where the
+            pair is left out), and where there is a preference to learn [S, K, P] float 1 or 0.
         """
         order = np.stack((self.preference == 1, self.preference != 1), -1).astype(np.int64)
         starts = np.take_along_axis(self.segment_starts, order, -1)
         labels = np.take_along_axis(self.safe_label, order[:, None], -1)
-        arrays = (starts, labels.astype(np.float32), (self.preference >= 0).astype(np.float32))
+        has_preference = (self.preference >= 0)[:, None] & (labels[..., 0] != 0)
+        arrays = (starts, labels.astype(np.float32), has_preference.astype(np.float32))
         return tuple(torch.from_numpy(array).to(device) for array in arrays)
+
+
+NOISE = ("preference_noise", "label_noise")
 
 
 def make_feedback(
@@ -76,6 +80,7 @@ def make_feedback(
     segment_length: int,
     num_pairs: int,
     preference_noise: float = 0.0,
+    label_noise: float = 0.0,
 ) -> Feedback:
     """Label random pairs of segments by the dataset's rewards and costs (paper, section 6.1, B.2).
 
@@ -86,6 +91,8 @@ def make_feedback(
 
     Args:
         preference_noise: share of the preferences that are flipped, exactly, after labelling.
+        label_noise: share of the safety labels that are flipped, exactly; the same segments at
+            every limit.
 
     Raises:
         UserError: every episode is shorter than a segment.
@@ -104,9 +111,9 @@ def make_feedback(
     preference = np.empty((len(seeds), num_pairs), np.int8)
     safe_label = np.empty((len(seeds), len(cost_limits), num_pairs, 2), np.int8)
     for s, seed in enumerate(seeds):
-        # One stream each for segments, ties and noise: none shifts when another is drawn longer.
-        draw, coin, noise = (
-            np.random.default_rng(x) for x in np.random.SeedSequence(seed).spawn(3)
+        # One stream for each purpose: none shifts when another is drawn longer.
+        draw, coin, noise, wrong = (
+            np.random.default_rng(x) for x in np.random.SeedSequence(seed).spawn(4)
         )
         starts[s] = valid_starts[draw.integers(len(valid_starts), size=(num_pairs, 2))]
         steps = starts[s][..., None] + np.arange(segment_length)  # [P, 2, L]
@@ -122,7 +129,10 @@ def make_feedback(
         for k, limit in enumerate(cost_limits):
             safe = costs * task.horizon <= limit * segment_length  # no rounding: costs are whole
             safe_label[s, k] = np.where(safe, 1, -1)
-    provenance = {"source": "synthetic", "preference_noise": preference_noise}
+        flipped = wrong.permutation(2 * num_pairs)[: round(label_noise * 2 * num_pairs)]
+        safe_label[s].reshape(len(cost_limits), -1)[:, flipped] *= -1
+    noise = {"preference_noise": preference_noise, "label_noise": label_noise}
+    provenance = {"source": "synthetic", **noise}
     return Feedback(
         starts,
         preference,
@@ -133,6 +143,20 @@ def make_feedback(
         dataset.sha256,
         provenance,
     )
+
+
+def filter_preferences(feedback: Feedback) -> Feedback:
+    """Leave out pairs whose preferred segment is unsafe (paper, Table 10): their labels become 0.
+
+    The preferred segment of two unsafe ones is unsafe, so those pairs go too. A pair without a
+    preference stays.
+    """
+    second = (feedback.preference == 1)[:, None]  # [S, 1, P]
+    preferred = np.where(second, feedback.safe_label[..., 1], feedback.safe_label[..., 0])
+    out = (preferred == -1) & (feedback.preference >= 0)[:, None]  # [S, K, P]
+    label = np.where(out[..., None], 0, feedback.safe_label).astype(np.int8)
+    provenance = feedback.provenance | {"pairs_left": (~out).sum(-1).tolist()}
+    return replace(feedback, safe_label=label, provenance=provenance)
 
 
 def indistinct_limits(feedback: Feedback) -> list[tuple[float, float]]:
@@ -159,6 +183,7 @@ def save_feedback(feedback: Feedback, path: Path) -> None:
             cost_limits=np.array(feedback.cost_limits),
             dataset_sha256=feedback.dataset_sha256,
             preference_noise=feedback.provenance["preference_noise"],
+            label_noise=feedback.provenance["label_noise"],
         )
 
 
@@ -184,7 +209,7 @@ def load_feedback(
     shapes = {"segment_starts": 2, "preference": 1, "safe_label": 2, "segment_length": 0}
     if not from_people:
         shapes = {"segment_starts": 3, "preference": 2, "safe_label": 4, "segment_length": 0}
-        shapes |= {"seeds": 1, "cost_limits": 1, "preference_noise": 0}
+        shapes |= {"seeds": 1, "cost_limits": 1, **dict.fromkeys(NOISE, 0)}
     for key in (*shapes, "dataset_sha256"):
         if key not in arrays:
             raise UserError(f"{where}: the key {key} is missing; common/feedback.py lists them")
@@ -192,7 +217,7 @@ def load_feedback(
         array = arrays[key]
         if array.ndim != ndim or array.dtype.kind not in "iuf":
             raise UserError(f"{where}: {key} must be an array of {ndim} axes of numbers")
-        if key not in ("cost_limits", "preference_noise") and not (array == array // 1).all():
+        if key not in ("cost_limits", *NOISE) and not (array == array // 1).all():
             raise UserError(f"{where}: {key} must hold whole numbers")
     if str(arrays["dataset_sha256"]) != dataset.sha256:
         raise UserError(
@@ -218,7 +243,7 @@ def load_feedback(
         starts, preference = starts[take_seeds], preference[take_seeds]
         safe_label = safe_label[take_seeds][:, take_limits]
     _check(where, starts, preference, safe_label, int(arrays["segment_length"]), dataset)
-    noise = {} if from_people else {"preference_noise": float(arrays["preference_noise"])}
+    noise = {} if from_people else {key: float(arrays[key]) for key in NOISE}
     return Feedback(
         np.ascontiguousarray(starts, np.int64),
         np.ascontiguousarray(preference, np.int8),
@@ -268,19 +293,19 @@ def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
     Args:
         dataset: what the segments are cut from.
         task: its task.
-        args: of a script, with feedback, seeds, cost_limits (one set of safety labels each),
-            num_pairs, segment_length, preference_noise.
+        args: of a script, with the flags of ``LabelArgs`` or ``FeedbackArgs``.
 
     Raises:
         UserError: a flag is out of range, the file and the flags disagree, or no segment is safe.
     """
     cost_limits = get_cost_limits(task, dataset, args.cost_limits)
-    _check_seeds(args.seeds)
     if args.feedback is None:
         feedback = _make(dataset, task, args, cost_limits)
     else:
-        if args.preference_noise:
-            raise UserError("--preference-noise: only for feedback made here; drop --feedback")
+        for name in NOISE:
+            if getattr(args, name, 0.0):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag}: only for feedback made here; drop --feedback")
         whole = load_feedback(args.feedback, dataset, args.seeds, cost_limits)
         feedback = replace(
             whole,
@@ -298,36 +323,34 @@ def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
                 f"--segment-length {args.segment_length}: the segments of {args.feedback} have "
                 f"{feedback.segment_length} steps; leave the flag out"
             )
+    if args.filter_preferences:
+        feedback = filter_preferences(feedback)
     _say_what_labels_tell(feedback)
     return feedback
 
 
 def _make(dataset: Dataset, task: Task, args: Any, cost_limits: tuple[float, ...]) -> Feedback:
     length = args.segment_length or segment_length(task.horizon, task.cost_limits or cost_limits)
-    noise = args.preference_noise
-    return make_feedback(dataset, task, args.seeds, cost_limits, length, args.num_pairs, noise)
-
-
-def _check_seeds(seeds: tuple[int, ...]) -> None:
-    in_range = all(0 <= seed < 2**63 for seed in seeds)
-    if not seeds or not in_range or len(set(seeds)) < len(seeds):
-        raise UserError("--seeds: give one or more different whole numbers, none negative")
+    # A method that sees no preferences has no flag for their noise.
+    noise = [getattr(args, name, 0.0) for name in NOISE]
+    return make_feedback(dataset, task, args.seeds, cost_limits, length, args.num_pairs, *noise)
 
 
 def _say_what_labels_tell(feedback: Feedback) -> None:
     """Warn of labels that say too little; refuse those that call nothing safe."""
-    safe = feedback.safe_label == 1
     for s, seed in enumerate(feedback.seeds):
         for k, limit in enumerate(feedback.cost_limits):
-            if not safe[s, k].any():
+            label = feedback.safe_label[s, k]
+            if not (label == 1).any():
+                left = "" if (label != 0).all() else "that --filter-preferences leaves "
                 raise UserError(
-                    f"--cost-limits {limit:g}: no segment of seed {seed} is labelled safe, so "
-                    "no policy can be called safe; give a larger limit or other data"
+                    f"--cost-limits {limit:g}: no segment of seed {seed} {left}is labelled safe, "
+                    "so no policy can be called safe; give a larger limit or other data"
                 )
-            if safe[s, k].all():
+            if (label != -1).all():
                 print(
                     f"note: every segment of seed {seed} is safe at the limit {limit:g}: the "
-                    "safety term has nothing to say there"
+                    "safety labels have nothing to say there"
                 )
     for low, high in indistinct_limits(feedback):
         print(
@@ -358,16 +381,17 @@ class Args:
     """pairs of segments a seed (paper, section 6.1)"""
     preference_noise: float = 0.0
     """share of the preferences that are flipped"""
+    label_noise: float = 0.0
+    """share of the safety labels that are flipped"""
 
 
 def main() -> None:
     args = parse_args(Args)
     task = get_task(args.task, args.env_id)
-    check_numbers(args, shares=("preference_noise",))
+    check_numbers(args, shares=NOISE)
     check_output(args.output)
     dataset = load_dataset(task, args.data)
     limits = get_cost_limits(task, dataset, args.cost_limits)
-    _check_seeds(args.seeds)
     feedback = _make(dataset, task, args, limits)
     _say_what_labels_tell(feedback)
     try:

@@ -39,8 +39,9 @@ class Run:
         script: str,
         task: Task,
         dataset: Dataset,
-        feedback: Feedback,
+        cost_limits: tuple[float, ...],
         total_steps: int,
+        feedback: Feedback | None = None,
     ):
         """Make the folder and start the evaluation's workers.
 
@@ -50,14 +51,15 @@ class Run:
             script: path of the algorithm's file.
             task: what is trained on.
             dataset: and its data.
-            feedback: what it is told, for K cost limits.
+            cost_limits: K of them, that the policies are held to.
             total_steps: gradient steps of all stages.
+            feedback: what it is told; None where it learns from the trajectories themselves.
 
         Raises:
             UserError: the folder cannot be made, or a simulator is missing.
         """
         self.args, self.task, self.dataset = args, task, dataset
-        self.seeds, self.cost_limits = args.seeds, feedback.cost_limits
+        self.seeds, self.cost_limits = args.seeds, cost_limits
         self.total_steps = total_steps
         self.script = str(Path(script).resolve().relative_to(ROOT))
         self.algorithm = Path(script).stem
@@ -68,17 +70,20 @@ class Run:
         } | {
             # what the flags came to
             "seeds": list(args.seeds),
-            "cost_limits": list(feedback.cost_limits),
-            "segment_length": feedback.segment_length,
-            "num_pairs": feedback.preference.shape[1],
+            "cost_limits": list(cost_limits),
             "device": str(get_device(args.device)),
-            "feedback": feedback.provenance,
         }
+        if feedback is not None:
+            self.config |= {
+                "segment_length": feedback.segment_length,
+                "num_pairs": feedback.preference.shape[1],
+                "feedback": feedback.provenance,
+            }
         scored = args.eval_episodes or task.suite == "own"  # else the returns are looked up later
         self.reward_range = reward_range(task, dataset) if scored else None
         self.evaluator = None
         if args.eval_episodes:
-            policies = len(args.seeds) * len(feedback.cost_limits)
+            policies = len(args.seeds) * len(cost_limits)
             self.evaluator = Evaluator(
                 task, self.script, args.eval_episodes, policies, self.reward_range
             )
@@ -159,13 +164,15 @@ class Run:
         self._write(stage, step, {"normalized_reward": reward, "normalized_cost": cost})
         self._show({"reward": f"{reward.mean():.2f}", "cost": f"{cost.mean():.2f}"})
 
-    def finish(self, parameters: dict[str, Tensor], final: dict[str, Any], stage_ends: int) -> None:
+    def finish(
+        self, parameters: dict[str, Tensor], final: dict[str, Any], stage_ends: int = 0
+    ) -> None:
         """Write policy, results and picture, and print the table.
 
         Args:
             parameters: of the policies, [S, K, ...] or [S, 1, ...]: the last ones.
             final: columns of the results, [S, K] each, beside the metrics logged last.
-            stage_ends: step at which pretraining stopped, drawn as a line.
+            stage_ends: step at which pretraining stopped, drawn as a line; 0: there was none.
         """
         self.bar.close()
         self.save_policy(parameters)
@@ -273,8 +280,10 @@ class Run:
                 axis.plot(steps, values.mean(1), linestyle=style, label=f"cost limit {limit:g}")
                 if len(self.seeds) > 1:
                     axis.fill_between(steps, values.min(1), values.max(1), alpha=0.15)
-            axis.axvline(stage_ends, color="gray", linestyle=":", linewidth=1)
-            axis.set(xlabel="gradient steps (dotted: pretraining stops)")
+            axis.set(xlabel="gradient steps")
+            if stage_ends:
+                axis.axvline(stage_ends, color="gray", linestyle=":", linewidth=1)
+                axis.set(xlabel="gradient steps (dotted: pretraining stops)")
             axis.set_ylabel(f"normalised {name}")
         axes[1].axhline(1, color="black", linestyle=":", linewidth=1)
         axes[0].legend(fontsize=8)

@@ -13,6 +13,7 @@ from common.cli import UserError
 from common.dataset import Dataset, file_sha256, load_dataset
 from common.feedback import (
     Feedback,
+    filter_preferences,
     indistinct_limits,
     load_feedback,
     make_feedback,
@@ -49,8 +50,10 @@ def ragged():
     return ragged_dataset()
 
 
-def make(dataset, num_pairs=2000, seeds=(0, 1), length=20, limits=LIMITS, noise=0.0):
-    return make_feedback(dataset, TASK, seeds, limits, length, num_pairs, noise)
+def make(
+    dataset, num_pairs=2000, seeds=(0, 1), length=20, limits=LIMITS, noise=0.0, label_noise=0.0
+):
+    return make_feedback(dataset, TASK, seeds, limits, length, num_pairs, noise, label_noise)
 
 
 def test_labels_and_preferences_against_a_slow_loop(ragged):
@@ -122,6 +125,48 @@ def test_noise_flips_exactly_its_share(ragged, share):
     np.testing.assert_array_equal(clean.safe_label, noisy.safe_label)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
+def test_label_noise_flips_exactly_its_share(ragged, share):
+    clean, noisy = make(ragged), make(ragged, label_noise=share)
+    flipped = clean.safe_label != noisy.safe_label  # [S, K, P, 2]
+    assert (flipped.sum((2, 3)) == round(share * 4000)).all()
+    assert (flipped == flipped[:, :1]).all(), "the same segments at every limit"
+    np.testing.assert_array_equal(clean.segment_starts, noisy.segment_starts)
+    np.testing.assert_array_equal(clean.preference, noisy.preference)
+    assert noisy.provenance["label_noise"] == share
+    if share == 0.1:
+        assert (flipped[0] != flipped[1]).any(), "other ones for another seed"
+        assert 150 < flipped[0, 0, :, 0].sum() < 250, "either segment of a pair"
+
+
+def test_a_file_keeps_its_noise_on_record(ragged, tmp_path):
+    save_feedback(make(ragged, noise=0.2, label_noise=0.1), tmp_path / "noisy.npz")
+    loaded = load_feedback(tmp_path / "noisy.npz", ragged, (0,), LIMITS)
+    assert loaded.provenance["label_noise"] == 0.1
+    assert loaded.provenance["preference_noise"] == 0.2
+
+
+def test_filtered_preferences_against_a_slow_rule(ragged):
+    feedback = make(ragged, num_pairs=400)
+    feedback.preference[:, :20] = -1  # some without a preference
+    filtered = filter_preferences(feedback)
+    gone = 0
+    for s, k, p in np.ndindex(2, 3, 400):
+        labels, preferred = feedback.safe_label[s, k, p], feedback.preference[s, p]
+        out = preferred >= 0 and labels[preferred] == -1
+        expected = (0, 0) if out else tuple(labels)
+        assert tuple(filtered.safe_label[s, k, p]) == expected
+        gone += out
+    assert 200 < gone < 2000
+    left = np.array(filtered.provenance["pairs_left"])
+    assert left.shape == (2, 3) and left.sum() == 2 * 3 * 400 - gone
+    _, label, has_preference = filtered.tensors(torch.device("cpu"))
+    assert ((label[..., 0] == 0) == (label[..., 1] == 0)).all()
+    assert (has_preference[label[..., 0] == 0] == 0).all(), "a pair left out has no preference"
+    assert (label[..., 0][has_preference > 0] == 1).all(), "what is preferred is safe"
+    assert (label[..., 1] == -1).any(), "what is rejected may be unsafe"
+
+
 def test_limits_that_a_segment_cannot_tell_apart_are_named(ragged):
     assert indistinct_limits(make(ragged, length=4)) == [(10, 20)]  # 0.4 and 0.8 of a step's cost
     assert indistinct_limits(make(ragged)) == []
@@ -149,7 +194,7 @@ def test_tensors_put_the_preferred_segment_first():
     starts, label, has_preference = feedback.tensors(torch.device("cpu"))
     assert starts.tolist() == [[[10, 20], [40, 30], [50, 60]]]
     assert label.tolist() == [[[[1, -1], [-1, 1], [1, -1]]]]
-    assert has_preference.tolist() == [[1, 1, 0]]
+    assert has_preference.tolist() == [[[1, 1, 0]]]
 
 
 def test_a_file_holds_what_was_saved(ragged, tmp_path):

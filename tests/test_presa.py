@@ -132,6 +132,32 @@ def test_z_ref_is_not_clamped():
     assert metrics["z_ref"].item() == pytest.approx(-3.9)
 
 
+def test_without_a_reference_point_the_score_itself_is_judged(batch):
+    """--z-ref none: eq. 15 with z_ref = 0."""
+    args = presa.Args(alpha=0.7, beta=1.3, delta=0.9, z_ref="none")
+    loss, metrics = torch_loss(torch.tensor(batch[0]), *batch[1:], args=args)
+    expected = plain_presa_loss(*batch, nu=1.7, alpha=0.7, beta=1.3, delta=0.9, z_ref=0.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert metrics["z_ref"] == 0
+
+
+def test_pairs_left_out_count_for_nothing(batch):
+    """Their label is 0: the loss is that of the other pairs, were they alone."""
+    score, label, _, has_preference = batch
+    out = np.arange(PAIRS) % 2 == 0
+    label[out], has_preference[out] = 0, 0
+    weight = presa.class_weights(torch.tensor(label), 0.1).numpy()
+    assert (weight[out] == 0).all() and weight.mean() == pytest.approx(1)
+    alone = [x[~out] for x in (score, label, weight, has_preference)]
+    alone[2] = presa.class_weights(torch.tensor(alone[1]), 0.1).numpy()
+    whole = torch_loss(torch.tensor(score), label, weight, has_preference)[1]
+    part = torch_loss(torch.tensor(alone[0]), *alone[1:])[1]
+    for name in whole:
+        assert whole[name].item() == pytest.approx(part[name].item(), rel=1e-6, nan_ok=True)
+    nothing = torch_loss(torch.tensor(score), label * 0, weight * 0, has_preference * 0)[0]
+    assert nothing == 0, "a batch of nothing else has no loss, and no nan"
+
+
 @pytest.mark.parametrize("term", ["preferred", "rejected", "safe", "unsafe"])
 def test_sign_of_every_term(term):
     """Which way a descent step moves the score of a segment, whatever the other terms say."""

@@ -1,0 +1,129 @@
+"""BC-All: imitate every trajectory, in one file.
+
+    python algorithms/bc_all.py --task BallRun
+    python algorithms/bc_all.py --task BallRun --seeds 0 1 2
+
+The first thing to compare with: a policy that does what was done, good or bad, safe or not. It sees
+no feedback, and neither rewards nor costs:
+
+    min_theta  E_{(s, a) of all trajectories} |pi(s) - a|^2
+
+    paper          here                    meaning
+    log pi(a|s)    log_prob                -|pi(s) - a|^2, a Gaussian of fixed variance (B.4)
+    kappa          cost_limit              plays no part: one policy a seed, scored at each limit
+
+Seeds are trained at once: the code is written for one run, `torch.vmap` maps it over all.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.args import OutputArgs, TaskArgs, check_args
+from common.cli import get_device, parse_args, run_main
+from common.dataset import get_cost_limits, load_dataset
+from common.dropout import dropout_masks
+from common.results import Run
+from common.tasks import get_task
+
+
+@dataclass
+class Args(OutputArgs, TaskArgs):
+    """BC-All: behaviour cloning on every trajectory."""
+
+    # ---- optimisation
+    steps: int = 4_500
+    """steps of behaviour cloning (ours: as many as both stages of PreSa)"""
+    lr: float = 1e-3
+    """learning rate, Adam (ours: that of PreSa's first stage)"""
+    batch_size: int = 512
+    """transitions a step (ours)"""
+    hidden_size: int = 256
+    """units of each of the two hidden layers (paper, B.4)"""
+    dropout: float = 0.25
+    """probability, in 1/256, of dropping a hidden unit (B.4 names no value; ours)"""
+
+
+class Policy(nn.Module):
+    """Two hidden layers, ReLU, dropout; tanh onto the action box [-1, 1] (paper, B.4)."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_size: int):
+        super().__init__()
+        self.hidden1 = nn.Linear(observation_dim, hidden_size)
+        self.hidden2 = nn.Linear(hidden_size, hidden_size)
+        self.output = nn.Linear(hidden_size, action_dim)
+
+    def forward(self, observation: Tensor, masks: Tensor | tuple = (1.0, 1.0)) -> Tensor:
+        """[N, observation_dim], dropout masks [2, N, hidden_size] or none -> [N, action_dim]."""
+        hidden = F.relu(self.hidden1(observation)) * masks[0]
+        hidden = F.relu(self.hidden2(hidden)) * masks[1]
+        return torch.tanh(self.output(hidden))
+
+
+def log_prob(action_mean: Tensor, action: Tensor) -> Tensor:
+    """log pi(a|s) = -|pi(s) - a|^2 up to a constant (B.4): [..., action_dim] twice -> [...]."""
+    return -(action_mean - action).square().sum(-1)  # B.4
+
+
+def main() -> None:
+    args = parse_args(Args)
+    check_args(args)
+
+    # ---- setup: nothing is written before all input is checked
+    task = get_task(args.task, args.env_id)
+    device = get_device(args.device)
+    dataset = load_dataset(task, args.data)
+    limits = get_cost_limits(task, dataset, args.cost_limits)
+    observations = torch.from_numpy(dataset.observations).to(device)
+    actions = torch.from_numpy(dataset.actions).to(device)
+    run = Run(args, __file__, task, dataset, limits, args.steps)
+    policies, generators = [], []
+    for seed in args.seeds:
+        torch.manual_seed(seed)
+        sizes = (observations.shape[1], actions.shape[1], args.hidden_size)
+        policies.append(Policy(*sizes).to(device))
+        generators.append(torch.Generator(device).manual_seed(seed))
+    policy, (parameters, _) = policies[0], stack_module_state(policies)  # each [S, ...]
+
+    def draw(high: int, size: int) -> tuple[Tensor, Tensor]:
+        """Random indices [S, size] and dropout masks [S, 2, size, hidden_size]."""
+        index = [torch.randint(high, (size,), generator=g, device=device) for g in generators]
+        masks = [dropout_masks((2, size, args.hidden_size), args.dropout, g) for g in generators]
+        return torch.stack(index), torch.stack(masks)
+
+    # ---- behaviour cloning on all transitions
+    def bc_loss(parameters, steps, masks):
+        """E |pi(s) - a|^2 for one seed."""
+        mean = functional_call(policy, parameters, (observations[steps], masks))
+        return -log_prob(mean, actions[steps]).mean()
+
+    optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
+    for step in range(1, args.steps + 1):
+        loss = torch.vmap(bc_loss)(parameters, *draw(len(observations), args.batch_size))  # [S]
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+        run.log("bc", step, {"loss": loss.detach()})
+        run.evaluate("bc", step, {name: p[:, None] for name, p in parameters.items()})
+    run.finish({name: p[:, None] for name, p in parameters.items()}, final={})
+
+
+def load_policy(config: dict, parameters: dict[str, Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+    """Rebuild one policy for evaluation: observations [n, .] -> actions [n, .], dropout off."""
+    hidden, output = parameters["hidden1.weight"], parameters["output.weight"]
+    policy = Policy(hidden.shape[1], output.shape[0], hidden.shape[0])
+    policy.load_state_dict(parameters)
+    return lambda observations: policy(torch.from_numpy(observations)).detach().numpy()
+
+
+if __name__ == "__main__":
+    run_main(main)

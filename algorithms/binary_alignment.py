@@ -1,0 +1,244 @@
+"""Binary Alignment: one label for good and safe at once, in one file.
+
+    python algorithms/binary_alignment.py --task BallRun
+    python algorithms/binary_alignment.py --task BallRun --seeds 0 1 2
+
+A segment is desirable iff it is safe and the preferred one of its pair. First the policy imitates
+all segments and is frozen as the reference; then, read as a classifier, it tells desirable segments
+from the others (a loss like KTO's: PreSa's safety term, its weights and eta, with these labels):
+
+    min_theta  E[w(y) (1 - sigmoid(y (beta Psi(s) - z_ref)))]                           (eq. 6-10)
+
+    paper          here                    meaning
+    sigma          segment                 L consecutive steps (s_t, a_t) of one episode
+    y              desirable               +1 safe and preferred, -1 else
+    log pi(a|s)    log_prob                -|pi(s) - a|^2, a Gaussian of fixed variance (B.4)
+    psi / beta     score, Psi above        sum_t gamma^t log pi(a_t|s_t) / pi_ref(a_t|s_t) (eq. 7)
+    z_ref          z_ref                   reference point: the batch's mean of beta * score
+    beta           beta                    temperature (eq. 7)
+    lambda_s/u, w  weight                  class weights of mean 1 (eq. 10); eta is their ratio
+    kappa, T_max   cost_limit, horizon     behind the labels: safe iff cost <= kappa L / T_max
+
+Seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it over
+all. A seed fixes initial weights, segments, batches and dropout masks; the limit only the labels.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.args import FeedbackArgs, OutputArgs, check_args
+from common.cli import UserError, get_device, parse_args, run_main
+from common.dataset import load_dataset
+from common.dropout import dropout_masks
+from common.feedback import get_feedback
+from common.results import Run
+from common.tasks import get_task
+
+
+@dataclass
+class Args(OutputArgs, FeedbackArgs):
+    """Binary Alignment: safe and preferred, or not, as one label."""
+
+    # ---- objective
+    beta: float = 1.0
+    """beta, temperature of the score (eq. 7; ours: PreSa's)"""
+    gamma: float = 1.0
+    """gamma, discount inside a segment (eq. 7; the paper's proof: close to 1)"""
+    eta: float = 0.1
+    """eta = lambda_u n_u / (lambda_s n_s), of undesirable over desirable (eq. 10; ours: PreSa's)"""
+
+    # ---- optimisation
+    bc_steps: int = 1_500
+    """steps of behaviour cloning, before alignment (ours)"""
+    bc_lr: float = 1e-3
+    """learning rate of behaviour cloning, Adam (ours)"""
+    bc_batch_size: int = 512
+    """transitions a step of behaviour cloning (ours)"""
+    steps: int = 3_000
+    """steps of alignment (ours: PreSa's)"""
+    lr: float = 1e-4
+    """learning rate of alignment, Adam (ours: PreSa's)"""
+    batch_size: int = 32
+    """pairs a step of alignment (ours)"""
+    hidden_size: int = 256
+    """units of each of the two hidden layers (paper, B.4)"""
+    dropout: float = 0.25
+    """probability, in 1/256, of dropping a hidden unit (B.4 names no value; ours)"""
+
+
+class Policy(nn.Module):
+    """Two hidden layers, ReLU, dropout; tanh onto the action box [-1, 1] (paper, B.4)."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_size: int):
+        super().__init__()
+        self.hidden1 = nn.Linear(observation_dim, hidden_size)
+        self.hidden2 = nn.Linear(hidden_size, hidden_size)
+        self.output = nn.Linear(hidden_size, action_dim)
+
+    def forward(self, observation: Tensor, masks: Tensor | tuple = (1.0, 1.0)) -> Tensor:
+        """[N, observation_dim], dropout masks [2, N, hidden_size] or none -> [N, action_dim]."""
+        hidden = F.relu(self.hidden1(observation)) * masks[0]
+        hidden = F.relu(self.hidden2(hidden)) * masks[1]
+        return torch.tanh(self.output(hidden))
+
+
+def log_prob(action_mean: Tensor, action: Tensor) -> Tensor:
+    """log pi(a|s) = -|pi(s) - a|^2 up to a constant (B.4): [..., action_dim] twice -> [...]."""
+    return -(action_mean - action).square().sum(-1)  # B.4
+
+
+def segment_score(log_prob: Tensor, ref_log_prob: Tensor, gamma: float) -> Tensor:
+    """Psi(sigma) = sum_t gamma^t log pi/pi_ref, eq. 7 without beta: [..., L] twice -> [...]."""
+    t = torch.arange(log_prob.shape[-1], dtype=log_prob.dtype, device=log_prob.device)
+    return (gamma**t * (log_prob - ref_log_prob)).sum(-1)  # eq. 7
+
+
+def desirable_label(safe_label: Tensor, has_preference: Tensor) -> Tensor:
+    """+1 iff safe and preferred, else -1; 0 without a preference: [..., 2], [...] -> [..., 2]."""
+    rejected = torch.full_like(has_preference, -1)
+    desirable = torch.stack((safe_label[..., 0], rejected), -1)  # the preferred one stands first
+    return desirable * has_preference[..., None]
+
+
+def class_weights(label: Tensor, eta: float) -> Tensor:
+    """w(y): lambda_u n_u / (lambda_s n_s) = eta, and a mean of 1 over all segments -> [P, 2].
+
+    label is [P, 2], +1 or -1, at least one of each; 0, of a pair left out, counts for nothing.
+    """
+    good, bad = (label > 0).float(), (label < 0).float()
+    return label.numel() / (1 + eta) * (good / good.sum() + eta * bad / bad.sum())  # eq. 10
+
+
+def alignment_loss(
+    score: Tensor, label: Tensor, weight: Tensor, beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 9 for one run, with merged labels: the loss of a batch, and what to log, all scalars.
+
+    score, label (+1, -1; 0: left out) and weight are [B, 2], of preferred and rejected.
+    """
+    known = label.abs()  # no gradient through z_ref, and no clamp at zero (below eq. 7)
+    z_ref = beta * (score.detach() * known).mean() / known.mean().clamp(min=1e-6)  # eq. 7
+    probability = torch.sigmoid(label * (beta * score - z_ref))  # eq. 6, 11
+    loss = (weight * (1 - probability)).mean()  # eq. 9
+    good, bad = (label > 0).float(), (label < 0).float()
+    metrics = {
+        "loss": loss,
+        "weighted_probability": (weight * probability).mean(),
+        "z_ref": z_ref,
+        "desirable_score": (score * good).sum() / good.sum(),
+        "undesirable_score": (score * bad).sum() / bad.sum(),
+    }
+    return loss, {name: x.detach() for name, x in metrics.items()}
+
+
+def main() -> None:
+    args = parse_args(Args)
+    check_args(args)
+
+    # ---- setup: nothing is written before all input is checked
+    task = get_task(args.task, args.env_id)
+    device = get_device(args.device)
+    dataset = load_dataset(task, args.data)
+    feedback = get_feedback(dataset, task, args)
+    starts, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
+    limits, num_pairs, length = feedback.cost_limits, starts.shape[1], feedback.segment_length
+    label = desirable_label(safe_label, has_preference)  # [S, K, P, 2]
+    for s, k in (label > 0).sum((2, 3)).eq(0).nonzero().tolist():
+        raise UserError(
+            f"--cost-limits {limits[k]:g}: no segment of seed {args.seeds[s]} is both safe and "
+            "preferred in its pair, so none is desirable; give a larger limit or other data"
+        )
+    weight = torch.vmap(torch.vmap(lambda y: class_weights(y, args.eta)))(label)  # [S, K, P, 2]
+    observations = torch.from_numpy(dataset.observations).to(device)
+    actions = torch.from_numpy(dataset.actions).to(device)
+    run = Run(args, __file__, task, dataset, limits, args.bc_steps + args.steps, feedback)
+    policies, generators = [], []
+    for seed in args.seeds:
+        torch.manual_seed(seed)
+        sizes = (observations.shape[1], actions.shape[1], args.hidden_size)
+        policies.append(Policy(*sizes).to(device))
+        generators.append(torch.Generator(device).manual_seed(seed))
+    policy, (parameters, _) = policies[0], stack_module_state(policies)  # each [S, ...]
+
+    def draw(high: int, size: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Random indices [S, size] and dropout masks [S, 2, rows, hidden_size]."""
+        index = [torch.randint(high, (size,), generator=g, device=device) for g in generators]
+        masks = [dropout_masks((2, rows, args.hidden_size), args.dropout, g) for g in generators]
+        return torch.stack(index), torch.stack(masks)
+
+    # ---- stage one: the reference, behaviour cloning on the transitions of all segments
+    def bc_loss(parameters, starts, drawn, masks):
+        """E |pi(s) - a|^2 for one seed; ``drawn`` counts through all steps of all segments."""
+        steps = starts.flatten()[drawn // length] + drawn % length  # [B]
+        mean = functional_call(policy, parameters, (observations[steps], masks))
+        return -log_prob(mean, actions[steps]).mean()
+
+    optimizer = torch.optim.Adam(parameters.values(), lr=args.bc_lr, fused=True)
+    for step in range(1, args.bc_steps + 1):
+        batch = draw(num_pairs * 2 * length, args.bc_batch_size, args.bc_batch_size)
+        loss = torch.vmap(bc_loss)(parameters, starts, *batch)  # [S]
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+        run.log("bc", step, {"loss": loss.detach()})
+        run.evaluate("bc", step, {name: p[:, None] for name, p in parameters.items()})
+
+    def reference_log_prob(parameters):
+        """log pi_ref(a|s) of all transitions, [N]: it never changes, so it is computed once."""
+        chunks = zip(observations.split(8192), actions.split(8192), strict=True)
+        return torch.cat([log_prob(functional_call(policy, parameters, s), a) for s, a in chunks])
+
+    with torch.no_grad():
+        ref_log_prob = torch.vmap(reference_log_prob)(parameters)  # [S, N]
+
+    # ---- stage two: alignment, a policy for each seed and limit
+    def run_loss(parameters, labels, shared):
+        """Eq. 9 of one run, on the batch of pairs drawn for its seed."""
+        starts, ref_log_prob, pairs, masks = shared
+        steps = starts[pairs][..., None] + torch.arange(length, device=device)  # [B, 2, L]
+        mean = functional_call(policy, parameters, (observations[steps].flatten(0, 2), masks))
+        logp = log_prob(mean, actions[steps].flatten(0, 2)).view(steps.shape)
+        score = segment_score(logp, ref_log_prob[steps], args.gamma)
+        return alignment_loss(score, *(x[pairs] for x in labels), args.beta)
+
+    # The runs of one seed share all but parameters and labels: the inner map's None.
+    all_runs = torch.vmap(torch.vmap(run_loss, in_dims=(0, 0, None)))
+    parameters = {
+        name: p.detach()[:, None].repeat_interleave(len(limits), 1).requires_grad_()
+        for name, p in parameters.items()
+    }  # [S, K, ...]
+    optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
+    for step in range(args.bc_steps + 1, args.bc_steps + args.steps + 1):
+        # 1. draw a batch of pairs for each seed
+        batch = draw(num_pairs, args.batch_size, args.batch_size * 2 * length)
+        # 2. the loss of every run, eq. 9
+        loss, metrics = all_runs(parameters, (label, weight), (starts, ref_log_prob, *batch))
+        # 3. theta descends
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+        run.log("align", step, metrics)
+        run.evaluate("align", step, parameters)
+    run.finish(parameters, final={}, stage_ends=args.bc_steps)
+
+
+def load_policy(config: dict, parameters: dict[str, Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+    """Rebuild one policy for evaluation: observations [n, .] -> actions [n, .], dropout off."""
+    hidden, output = parameters["hidden1.weight"], parameters["output.weight"]
+    policy = Policy(hidden.shape[1], output.shape[0], hidden.shape[0])
+    policy.load_state_dict(parameters)
+    return lambda observations: policy(torch.from_numpy(observations)).detach().numpy()
+
+
+if __name__ == "__main__":
+    run_main(main)
