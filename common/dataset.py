@@ -18,7 +18,7 @@ import numpy as np
 
 from common.cli import UserError
 from common.download import Offline, fetch, hash_file
-from common.tasks import Task, reference_returns
+from common.tasks import RETURN_TARGETS, Task, reference_returns
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
 
@@ -59,6 +59,12 @@ class Dataset:
     def episode_costs(self) -> np.ndarray:
         """Summed cost of each episode, [E]."""
         return np.add.reduceat(self.costs, self.episode_starts)
+
+    def to_go(self, x: np.ndarray) -> np.ndarray:
+        """What is still to come in the episode, this step included, [N] -> [N]."""
+        total = np.append(np.cumsum(x[::-1])[::-1], 0)  # to the end of the data
+        lengths = self.episode_ends - self.episode_starts
+        return total[:-1] - np.repeat(total[self.episode_ends], lengths)
 
 
 def find_dataset(task: Task, data: str) -> tuple[str, Path]:
@@ -304,6 +310,33 @@ def get_cost_limits(
         return task.cost_limits
     check_cost_limits(asked)
     return asked
+
+
+def get_target_returns(
+    task: Task, dataset: Dataset, limits: tuple[float, ...], asked: tuple[float, ...] | None
+) -> tuple[float, ...]:
+    """The return that a policy is told to reach under each limit.
+
+    Those asked for; else, on DSRL's own data, those of CDT's authors; else the best of the file's
+    episodes within the limit, since a fixed number could lie far above what any of them reaches.
+
+    Raises:
+        UserError: not one for each limit.
+    """
+    if asked is not None:
+        if len(asked) != len(limits) or not all(map(math.isfinite, asked)):
+            raise UserError(f"--target-returns: give {len(limits)} numbers, one for each limit")
+        return asked
+    if dataset.source == "dsrl" and limits == task.cost_limits:
+        return RETURN_TARGETS[task.name]
+    targets = []
+    for limit in limits:
+        within = dataset.episode_costs <= limit
+        if not within.any():
+            within = dataset.episode_costs <= np.quantile(dataset.episode_costs, 0.1)
+            print(f"note: no episode costs {limit:g} or less; the cheapest tenth sets the return")
+        targets.append(float(dataset.returns[within].max()))
+    return tuple(targets)
 
 
 def check_cost_limits(limits: tuple[float, ...]) -> None:

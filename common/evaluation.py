@@ -157,7 +157,12 @@ class Evaluator:
             self.pool.submit(_import_simulators)
 
     def evaluate(
-        self, config: dict, parameters: dict[str, torch.Tensor], seeds: Sequence[int], limits: int
+        self,
+        config: dict,
+        parameters: dict[str, torch.Tensor],
+        seeds: Sequence[int],
+        limits: int,
+        targets: Sequence[tuple[float, float]] | None = None,
     ) -> Scores:
         """Play every policy.
 
@@ -166,6 +171,8 @@ class Evaluator:
             parameters: by name, [S, K, ...], or [S, 1, ...] where one policy serves all limits.
             seeds: the S training seeds; they fix the seeds of the episodes.
             limits: K, the number of cost limits.
+            targets: return and cost to aim at under each limit, of policies that are told so; one
+                such policy a seed then plays all limits in one forward pass.
         """
         arrays = {name: p.detach().cpu().numpy() for name, p in parameters.items()}
         per_seed = next(iter(arrays.values())).shape[1]
@@ -177,14 +184,16 @@ class Evaluator:
                 config,
                 {name: array[s, k] for name, array in arrays.items()},
                 [_episode_seed(seed, e) for e in range(self.episodes)[first:][:EPISODES_PER_UNIT]],
+                targets,
             )
             for s, seed in enumerate(seeds)
             for k in range(per_seed)
             for first in range(0, self.episodes, EPISODES_PER_UNIT)
         ]
-        played = np.concatenate([unit.result() for unit in units], axis=1)
-        played = played.reshape(2, len(seeds), per_seed, self.episodes)
-        rewards, costs = played.repeat(limits // per_seed, axis=2)
+        played = np.concatenate([unit.result() for unit in units], axis=2)  # [2, targets, .]
+        played = np.moveaxis(played.reshape(2, -1, len(seeds), per_seed, self.episodes), 1, 3)
+        played = played.reshape(2, len(seeds), -1, self.episodes)  # [2, S, K or 1, episodes]
+        rewards, costs = played.repeat(limits // played.shape[2], axis=2)
         return Scores(rewards, costs, self.reward_range)
 
     def close(self) -> None:
@@ -214,10 +223,16 @@ def _import_simulators() -> None:
     import_gymnasium()  # and send nothing back: a module cannot be sent
 
 
-def _play(task: Task, script: str, config: dict, parameters: dict, seeds: list[int]) -> np.ndarray:
-    """Play one unit in a worker: rewards and costs, [2, len(seeds)]."""
+def _play(
+    task: Task, script: str, config: dict, parameters: dict, seeds: list[int], targets: Any
+) -> np.ndarray:
+    """Play one unit in a worker: rewards and costs, [2, targets or 1, len(seeds)]."""
     tensors = {name: torch.from_numpy(array) for name, array in parameters.items()}
-    return play(task, load_script(script).load_policy(config, tensors), seeds)
+    load_policy = load_script(script).load_policy
+    if targets is None:
+        return play(task, load_policy(config, tensors), seeds)[:, None]
+    act = load_policy(config, tensors, np.repeat(targets, len(seeds), axis=0))
+    return play(task, act, seeds * len(targets)).reshape(2, len(targets), len(seeds))
 
 
 def load_script(script: str) -> ModuleType:
@@ -238,10 +253,14 @@ def play(task: Task, act: Act, seeds: list[int]) -> np.ndarray:
     while it resets, so that is seeded there. A used one also remembers: motor targets and contacts
     outlive its reset, and the same seed then starts elsewhere. So every episode has an environment
     of its own.
+
+    A policy with a method ``observe`` is told each step's rewards and costs, [len(seeds)] each (0
+    where an episode has ended).
     """
     low, high = np.float32(task.action_low), np.float32(task.action_high)
     centre, half = (low + high) / 2, (high - low) / 2
     rewards, costs = np.zeros(len(seeds)), np.zeros(len(seeds))
+    observe = getattr(act, "observe", None)
     with contextlib.ExitStack() as stack:
         envs = [make(task.env_id) for _ in seeds]
         observations = []
@@ -254,12 +273,16 @@ def play(task: Task, act: Act, seeds: list[int]) -> np.ndarray:
             # Finished episodes stay in the batch: the pass keeps its shape, hence its rounding.
             actions = act(np.asarray(observations, np.float32))
             actions = np.clip(centre + half * actions, low, high)  # exact where the box is [-1, 1]
+            brought = np.zeros((2, len(envs)))
             for i in tuple(running):
                 observations[i], reward, terminated, truncated, info = envs[i].step(actions[i])
-                rewards[i] += reward
-                costs[i] += info["cost"]
+                brought[:, i] = reward, info["cost"]
                 if terminated or truncated:
                     running.remove(i)
+            rewards += brought[0]
+            costs += brought[1]
+            if observe is not None:
+                observe(*brought)
     return np.stack((rewards, costs))
 
 
@@ -281,7 +304,9 @@ def main() -> None:
     keys = ("script", "played", "config", "seeds", "cost_limits", "parameters", "reward_range")
     try:
         saved = torch.load(args.policy, weights_only=True)
-        script, played, _, seeds, limits, _, reward_range = map(dict(saved).__getitem__, keys)
+        script, played, config, seeds, limits, parameters, reward_range, targets = map(
+            dict(saved).__getitem__, (*keys, "targets")
+        )
         task = Task(**played)
     except OSError as error:
         raise UserError(f"{args.policy}: cannot be read ({error.strerror})") from None
@@ -292,7 +317,7 @@ def main() -> None:
     policies = len(seeds) * len(limits)
     reward_range = reward_range or reference_returns(task)  # trained without dsrl
     evaluator = Evaluator(task, script, args.episodes, policies, reward_range, args.workers)
-    scores = evaluator.evaluate(saved["config"], saved["parameters"], seeds, len(limits))
+    scores = evaluator.evaluate(config, parameters, seeds, len(limits), targets)
     evaluator.close()
     print(summary({**saved, "runs": scores.rows(seeds, limits)}))
 

@@ -42,6 +42,7 @@ class Run:
         cost_limits: tuple[float, ...],
         total_steps: int,
         feedback: Feedback | None = None,
+        targets: list[tuple[float, float]] | None = None,
     ):
         """Make the folder and start the evaluation's workers.
 
@@ -54,11 +55,12 @@ class Run:
             cost_limits: K of them, that the policies are held to.
             total_steps: gradient steps of all stages.
             feedback: what it is told; None where it learns from the trajectories themselves.
+            targets: return and cost that the policy is told to reach under each limit, if it is.
 
         Raises:
             UserError: the folder cannot be made, or a simulator is missing.
         """
-        self.args, self.task, self.dataset = args, task, dataset
+        self.args, self.task, self.dataset, self.targets = args, task, dataset, targets
         self.seeds, self.cost_limits = args.seeds, cost_limits
         self.total_steps = total_steps
         self.script = str(Path(script).resolve().relative_to(ROOT))
@@ -158,7 +160,9 @@ class Run:
         if self.evaluator is None or not due:
             return
         limits = self.cost_limits
-        self.scores = self.evaluator.evaluate(self.config, parameters, self.seeds, len(limits))
+        self.scores = self.evaluator.evaluate(
+            self.config, parameters, self.seeds, len(limits), self.targets
+        )
         reward, cost = self.scores.normalized_reward(), self.scores.normalized_cost(limits)
         self.curve.append((step, reward, cost))
         self._write(stage, step, {"normalized_reward": reward, "normalized_cost": cost})
@@ -210,6 +214,7 @@ class Run:
             "config": self.config,
             "seeds": list(self.seeds),
             "cost_limits": list(self.cost_limits),
+            "targets": self.targets,
             "parameters": {name: p.detach().cpu() for name, p in parameters.items()},
         }
         with whole_file(self.folder / "policy.pt") as part:

@@ -95,6 +95,37 @@ TASKS = {
 }
 
 
+# Returns that CDT's authors ask for under the three cost limits, meant for DSRL's own files (Liu et
+# al. 2023, their configurations).
+RETURN_TARGETS = {
+    **dict.fromkeys(("AntRun", "BallCircle", "DroneCircle"), (700.0, 750.0, 800.0)),
+    "BallRun": (500.0, 500.0, 700.0),
+    "CarRun": (575.0, 575.0, 575.0),
+    "DroneRun": (400.0, 500.0, 600.0),
+    "AntCircle": (300.0, 350.0, 400.0),
+    "CarCircle": (450.0, 500.0, 550.0),
+    "CarCircle1": (20.0, 22.5, 25.0),
+    "CarCircle2": (20.0, 21.0, 22.0),
+    "PointCircle1": (50.0, 52.5, 55.0),
+    "PointCircle2": (45.0, 47.5, 50.0),
+    **{
+        name: (target,) * 3
+        for target, names in {
+            12.0: ("CarPush2", "PointPush2"),
+            15.0: ("CarPush1", "PointPush1"),
+            30.0: ("CarGoal2", "PointGoal1", "PointGoal2"),
+            35.0: ("CarButton1",),
+            40.0: ("CarButton2", "CarGoal1", "PointButton1", "PointButton2"),
+            160.0: ("SwimmerVelocity",),
+            1750.0: ("HopperVelocity",),
+            2800.0: ("AntVelocity", "Walker2dVelocity"),
+            3000.0: ("HalfCheetahVelocity",),
+        }.items()
+        for name in names
+    },
+}
+
+
 def get_task(name: str, env_id: str | None = None) -> Task:
     """Look a task up by name, or make one of the reader's own environment.
 

@@ -151,6 +151,7 @@ def test_a_policy_that_was_trained_without_dsrl_is_scored_with_its_returns(
     monkeypatch.setattr(evaluation, "Evaluator", evaluator)
     saved = {"script": SCRIPT, "task": "BallRun", "played": dataclasses.asdict(TASK), "config": {}}
     saved |= {"seeds": [0], "cost_limits": [10.0], "parameters": {}, "data": {"source": "file"}}
+    saved["targets"] = None
     for scale, reward in ((None, "-0.00"), ((10.0, 30.0), "0.50")):  # DSRL's are 26.3 and 1327.4
         torch.save(saved | {"reward_range": scale}, tmp_path / "policy.pt")
         code, out, error = run_script(evaluation.main, tmp_path / "policy.pt")

@@ -1,0 +1,400 @@
+"""CDT: the Constrained Decision Transformer, in one file.
+
+    python algorithms/cdt.py --task BallRun --seeds 0 1 2
+    python algorithms/cdt.py --task BallRun --steps 1000 --batch-size 64     # on a CPU
+
+Offline safe RL with the truth at hand, the reward and the cost of every step (Liu et al. 2023). A
+causal transformer reads the last K steps as tokens, four a step,
+
+    R_1 C_1 s_1 a_1   R_2 C_2 s_2 a_2   ...   R_K C_K s_K a_K
+
+where R_t is the return still to come and C_t the cost still to come, and is trained to say what was
+done: a_t from everything up to s_t. To act, it is told which return and cost to aim at. One model a
+seed serves every cost limit.
+
+    min_theta  E[-log pi(a_t | .. R_t C_t s_t) - T H(pi)] + w E[-log p(c_t > 0 | .. a_t)]
+
+    paper          here                    meaning
+    R_t            return_to_go            sum_{t' >= t} r_t', times reward_scale
+    C_t            cost_to_go              sum_{t' >= t} c_t'
+    T              temperature             weight of the entropy H, learned so that H is about -|A|
+    w              cost_weight             of the auxiliary prediction of the step's cost
+    K              context                 steps that the transformer sees
+    kappa          cost_limit              the cost to aim at when it acts
+
+The best trajectories are few and the costly ones many, hence two more pieces of that paper:
+
+- Augmentation: some trajectories are those of the Pareto front, told a higher return and a cost
+  that they stay within. Asked for more than it can do at some cost, it shall do its best there.
+- Trajectories of low cost are sampled more often.
+
+Where we depart from the authors' code (OSRL):
+- Their sampling weight, 70 - cost, never samples a trajectory of cost 70 or more, although the
+  largest limit is 80. Ours falls linearly from the cheapest to the costliest and is never 0.
+- Their augmentation has constants for each task. Ours: a cost drawn between the data's extremes, a
+  return above the front's by up to the standard deviation of the data's returns.
+- Dropout on the embeddings and the residual branches, not on the attention weights.
+- On data other than DSRL's own, the return aimed at is the best of the file's within the limit.
+
+Seeds are trained at once: every parameter and every batch has a leading axis for them, S.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.args import OutputArgs, TaskArgs, check_args
+from common.cli import UserError, get_device, parse_args, run_main
+from common.dataset import get_cost_limits, get_target_returns, load_dataset
+from common.dropout import dropout_masks
+from common.results import Run
+from common.tasks import Task, get_task
+
+
+@dataclass
+class Args(OutputArgs, TaskArgs):
+    """CDT: a transformer told which return and which cost to reach."""
+
+    # ---- what it is told
+    target_returns: tuple[float, ...] | None = None
+    """return aimed at, one for each limit; default: CDT's authors', or the best within the limit"""
+    reward_scale: float = 0.1
+    """returns-to-go are multiplied by this before they are embedded (CDT)"""
+
+    # ---- which trajectories it sees
+    augment: float = 0.2
+    """augmented trajectories, as a share of the data's (CDT)"""
+    low_cost_weight: float = 10.0
+    """how many times as often as the costliest trajectory the cheapest is sampled (ours)"""
+
+    # ---- the transformer
+    context: int = 10
+    """K, steps that it sees (CDT)"""
+    width: int = 128
+    """size of a token (CDT)"""
+    layers: int = 3
+    """blocks of attention and feed-forward (CDT)"""
+    heads: int = 8
+    """attention heads of each block; they divide --width (CDT)"""
+    dropout: float = 0.1
+    """probability, in 1/256, of dropping a number of an embedding or a residual branch (CDT)"""
+
+    # ---- optimisation
+    steps: int = 100_000
+    """gradient steps (CDT); meant for a GPU"""
+    batch_size: int = 2_048
+    """sequences a step (CDT); meant for a GPU"""
+    lr: float = 1e-4
+    """learning rate, AdamW (CDT)"""
+    warmup: int = 500
+    """steps over which the learning rate rises from 0 (CDT)"""
+    weight_decay: float = 1e-4
+    """decoupled weight decay (CDT)"""
+    clip: float = 0.25
+    """largest norm of a seed's gradient (CDT)"""
+    cost_weight: float = 0.02
+    """weight of the auxiliary loss, the prediction of a step's cost (CDT)"""
+    temperature: float = 0.1
+    """weight of the policy's entropy at the start; then it is learned (CDT)"""
+
+
+Parameters = dict[str, Tensor]  # by name, [S, ...]; those of a linear layer are [S, in, out]
+
+
+def init_parameters(seed: int, task: Task, args: Args) -> Parameters:
+    """One seed's parameters, as GPT's are initialised: normal, deviation 0.02."""
+    generator, width = torch.Generator().manual_seed(seed), args.width
+    shapes = {
+        "embed_return": (1, width),
+        "embed_cost": (1, width),
+        "embed_observation": (task.observation_dim, width),
+        "embed_action": (task.action_dim, width),
+        "mean": (width, task.action_dim),
+        "log_std": (width, task.action_dim),
+        "cost": (width, 1),
+    }
+    for i in range(args.layers):
+        shapes |= {f"qkv{i}": (width, 3 * width), f"project{i}": (width, width)}
+        shapes |= {f"up{i}": (width, 4 * width), f"down{i}": (4 * width, width)}
+    parameters = {"embed_time": 0.02 * torch.randn(task.horizon, width, generator=generator)}
+    for name, (rows, columns) in shapes.items():
+        parameters[name] = 0.02 * torch.randn(rows, columns, generator=generator)
+        parameters[f"{name}_bias"] = torch.zeros(1, columns)
+    for name in ("embed", *(f"{part}{i}" for i in range(args.layers) for part in "ab"), "out"):
+        parameters[f"norm_{name}"] = torch.ones(1, width)
+        parameters[f"norm_{name}_bias"] = torch.zeros(1, width)
+    return parameters
+
+
+def linear(p: Parameters, name: str, x: Tensor) -> Tensor:
+    """[S, N, in] -> [S, N, out], each seed with its own weights."""
+    return torch.baddbmm(p[f"{name}_bias"], x, p[name])
+
+
+def norm(p: Parameters, name: str, x: Tensor) -> Tensor:
+    """Layer norm over the last axis of [S, N, width]."""
+    return F.layer_norm(x, x.shape[-1:]) * p[f"norm_{name}"] + p[f"norm_{name}_bias"]
+
+
+def transformer(
+    p: Parameters,
+    heads: int,
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor],
+    time: Tensor,
+    masks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each step's action is likely to be, and whether the step costs.
+
+    Causal: what is said of step t does not depend on any token after s_t (its action) or a_t (its
+    cost), so whatever pads a sequence at its end changes nothing before.
+
+    Args:
+        p: parameters, [S, ...].
+        heads: of each block.
+        tokens: return_to_go [S, B, K, 1], cost_to_go [S, B, K, 1], observation [S, B, K, .],
+            action [S, B, K, .].
+        time: step of the episode, [S, B, K] int64.
+        masks: of dropout, [S, 1 + 2 layers, B * 4K, width], or none.
+
+    Returns:
+        mean and log of the standard deviation of the action [S, B, K, action_dim], logit of the
+        step's cost [S, B, K].
+    """
+    s, b, k = time.shape
+    width, layers = p["embed_time"].shape[-1], sum(name.startswith("qkv") for name in p) // 2
+    embedded = p["embed_time"].gather(
+        1, time.reshape(s, -1, 1).expand(-1, -1, width)
+    )  # [S, B*K, .]
+    names = ("embed_return", "embed_cost", "embed_observation", "embed_action")
+    parts = [
+        linear(p, name, x.flatten(1, 2)) + embedded for name, x in zip(names, tokens, strict=True)
+    ]
+    x = torch.stack(parts, 2).view(s, b * k * 4, width)  # R_1 C_1 s_1 a_1 R_2 ...
+    drop = [1.0] * (1 + 2 * layers) if masks is None else masks.unbind(1)
+    x = norm(p, "embed", x) * drop[0]
+    for i in range(layers):
+        qkv = linear(p, f"qkv{i}", norm(p, f"a{i}", x)).view(s * b, k * 4, 3, heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [S*B, heads, 4K, width/heads] each
+        seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        seen = seen.transpose(1, 2).reshape(s, b * k * 4, width)
+        x = x + linear(p, f"project{i}", seen) * drop[1 + 2 * i]
+        hidden = F.gelu(linear(p, f"up{i}", norm(p, f"b{i}", x)))
+        x = x + linear(p, f"down{i}", hidden) * drop[2 + 2 * i]
+    x = norm(p, "out", x).view(s, b * k, 4, width)
+    at_state, at_action = x[:, :, 2], x[:, :, 3]
+    log_std = -1.5 + 3.5 * torch.tanh(linear(p, "log_std", at_state))  # in [-5, 2]
+    mean, cost = linear(p, "mean", at_state), linear(p, "cost", at_action)
+    return mean.view(s, b, k, -1), log_std.view(s, b, k, -1), cost.view(s, b, k)
+
+
+def cdt_loss(
+    output: tuple[Tensor, Tensor, Tensor],
+    action: Tensor,
+    costs: Tensor,
+    valid: Tensor,
+    log_temperature: Tensor,
+    cost_weight: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each seed's batch, [S], and what to log, [S] each.
+
+    Every part is the mean over the valid steps. The last part moves the temperature alone: it rises
+    while the entropy is below -|A|, and falls above (Haarnoja et al. 2018).
+
+    Args:
+        output: of the transformer.
+        action: what was done, [S, B, K, action_dim].
+        costs: of the step, 1 where there was any, [S, B, K].
+        valid: 1 where there is a step, 0 where the episode has ended, [S, B, K].
+        log_temperature: [S].
+        cost_weight: weight of the auxiliary loss.
+    """
+    mean, log_std, cost_logit = output
+    temperature = log_temperature.exp()
+
+    def over_steps(x: Tensor) -> Tensor:
+        return (x * valid).sum((1, 2)) / valid.sum((1, 2))
+
+    deviation = (action - mean) / log_std.exp()
+    log_prob = -(0.5 * deviation.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+    entropy = over_steps((log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1))
+    action_loss = over_steps(-log_prob) - temperature.detach() * entropy
+    cost_loss = over_steps(F.binary_cross_entropy_with_logits(cost_logit, costs, reduction="none"))
+    temperature_loss = temperature * (entropy.detach() + action.shape[-1])
+    metrics = {
+        "loss": action_loss + cost_weight * cost_loss,
+        "action_log_prob": over_steps(log_prob),
+        "action_error": over_steps((action - mean).square().sum(-1)),
+        "entropy": entropy,
+        "temperature": temperature,
+        "cost_loss": cost_loss,
+        "cost_accuracy": over_steps(((cost_logit > 0) == (costs > 0)).float()),
+    }
+    return metrics["loss"] + temperature_loss, {name: x.detach() for name, x in metrics.items()}
+
+
+def pareto_front(costs: np.ndarray, returns: np.ndarray) -> np.ndarray:
+    """Episodes that no other beats in return at the same cost or less: by rising cost, [F]."""
+    order = np.lexsort((-returns, costs))  # by cost, the best return first
+    best_before = np.concatenate(([-np.inf], np.maximum.accumulate(returns[order])[:-1]))
+    return order[returns[order] > best_before]
+
+
+def augmented(
+    costs: np.ndarray, returns: np.ndarray, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Episodes of the front, each told a return above its own and a cost that it stays within.
+
+    Returns:
+        the episode [count], what is added to its returns-to-go [count] and to its costs-to-go
+        [count], neither negative.
+    """
+    front = pareto_front(costs, returns)
+    told_cost = rng.uniform(costs.min(), costs.max(), count)
+    episode = front[np.searchsorted(costs[front], told_cost, side="right") - 1]
+    more_return = rng.uniform(0, returns.std(), count)
+    return episode, more_return, told_cost - costs[episode]
+
+
+def main() -> None:
+    args = parse_args(Args)
+    check_args(args)
+    if args.width % args.heads:
+        raise UserError(f"--heads {args.heads}: must divide --width {args.width}")
+
+    # ---- setup: nothing is written before all input is checked
+    task = get_task(args.task, args.env_id)
+    device = get_device(args.device)
+    dataset = load_dataset(task, args.data)
+    limits = get_cost_limits(task, dataset, args.cost_limits)
+    returns = get_target_returns(task, dataset, limits, args.target_returns)
+    targets = list(zip(returns, limits, strict=True))
+    run = Run(args, __file__, task, dataset, limits, args.steps, targets=targets)
+
+    # ---- the data, on the device: sequences are gathered from it by index
+    lengths = dataset.episode_ends - dataset.episode_starts
+    count = round(args.augment * len(lengths))
+    entries = []  # each seed's trajectories to sample: episode, return and cost added, weight
+    for seed in args.seeds:
+        rng = np.random.default_rng(seed)
+        extra = augmented(dataset.episode_costs, dataset.returns, count, rng)
+        episode = np.append(np.arange(len(lengths)), extra[0])
+        more = [np.append(np.zeros(len(lengths)), x) for x in extra[1:]]
+        told = dataset.episode_costs[episode] + more[1]
+        share = (told - told.min()) / max(np.ptp(told), 1e-9)  # 0 the cheapest, 1 the costliest
+        weight = args.low_cost_weight + (1 - args.low_cost_weight) * share
+        entries.append((dataset.episode_starts[episode], lengths[episode], *more, weight))
+    start, length, more_return, more_cost, weight = (
+        torch.from_numpy(np.stack(x)).to(device) for x in zip(*entries, strict=True)
+    )  # [S, M] each
+
+    to_go = dataset.to_go(dataset.rewards), dataset.to_go(dataset.costs)
+    arrays = (dataset.observations, dataset.actions, dataset.costs > 0, *to_go)
+    observations, actions, costs, return_to_go, cost_to_go = (
+        torch.from_numpy(np.float32(x)).to(device) for x in arrays
+    )
+    inits = [init_parameters(seed, task, args) for seed in args.seeds]
+    parameters = {
+        name: torch.stack([p[name] for p in inits]).to(device).requires_grad_() for name in inits[0]
+    }
+    generators = [torch.Generator(device).manual_seed(seed) for seed in args.seeds]
+    log_temperature = torch.full((len(args.seeds),), math.log(args.temperature), device=device)
+    log_temperature.requires_grad_()
+    groups = [{"params": list(parameters.values()), "weight_decay": args.weight_decay}]
+    groups += [{"params": [log_temperature], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / args.warmup, 1, args.warmup)
+
+    def draw() -> tuple[Tensor, Tensor, Tensor]:
+        """Trajectories [S, B], places in them [S, B] in [0, 1), dropout masks."""
+        shape = (1 + 2 * args.layers, args.batch_size * 4 * args.context, args.width)
+        which, place, masks = [], [], []
+        for w, g in zip(weight, generators, strict=True):
+            which.append(torch.multinomial(w, args.batch_size, replacement=True, generator=g))
+            place.append(torch.rand(args.batch_size, generator=g, device=device))
+            masks.append(dropout_masks(shape, args.dropout, g))
+        return torch.stack(which), torch.stack(place), torch.stack(masks)
+
+    for step in range(1, args.steps + 1):
+        # 1. draw sequences of K steps, some running beyond their episode's end
+        which, place, masks = draw()
+        long = length.gather(1, which)  # [S, B]
+        time = (place * long).long()[..., None] + torch.arange(args.context, device=device)
+        valid = (time < long[..., None]).float()  # [S, B, K]
+        time = time.clamp(max=task.horizon - 1)
+        t = (start.gather(1, which)[..., None] + time).clamp(max=len(actions) - 1)
+        told_return = return_to_go[t] + more_return.gather(1, which)[..., None].float()
+        told_cost = cost_to_go[t] + more_cost.gather(1, which)[..., None].float()
+        tokens = (args.reward_scale * told_return, told_cost)
+        tokens = (*(x[..., None] for x in tokens), observations[t], actions[t])
+        # 2. the loss of every seed
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            output = transformer(parameters, args.heads, tokens, time, masks)
+        output = tuple(x.float() for x in output)
+        loss, metrics = cdt_loss(
+            output, actions[t], costs[t], valid, log_temperature, args.cost_weight
+        )
+        # 3. a step, each seed's gradient clipped on its own
+        optimizer.zero_grad()
+        loss.sum().backward()
+        square = sum(p.grad.square().flatten(1).sum(1) for p in parameters.values())  # [S]
+        scale = (args.clip / (square.sqrt() + 1e-6)).clamp(max=1)
+        for p in parameters.values():
+            p.grad.mul_(scale.view(-1, *[1] * (p.dim() - 1)))
+        optimizer.step()
+        rise.step()
+        run.log("cdt", step, metrics)
+        run.evaluate("cdt", step, {name: p[:, None] for name, p in parameters.items()})
+    final = {"target_return": [returns] * len(args.seeds)}
+    run.finish({name: p[:, None] for name, p in parameters.items()}, final)
+
+
+class Actor:
+    """Play n episodes at once, each aiming at a return and a cost of its own."""
+
+    def __init__(self, config: dict, parameters: Parameters, targets: np.ndarray):
+        """targets: return and cost to aim at, [n, 2]."""
+        self.parameters = {name: p[None] for name, p in parameters.items()}
+        self.heads, self.context = config["heads"], config["context"]
+        self.scale = torch.tensor([config["reward_scale"], 1.0])
+        self.togo = torch.from_numpy(np.float32(targets)) * self.scale  # [n, 2]
+        self.time = 0
+        self.history: list[list[Tensor]] = []  # of each of the last K steps, four tokens [n, .]
+
+    def __call__(self, observations: np.ndarray) -> np.ndarray:
+        """Observations [n, .] -> mean actions [n, .]."""
+        observation = torch.from_numpy(observations)
+        unknown = torch.zeros(len(observation), self.parameters["mean"].shape[-1])
+        step = [self.togo[:, :1], self.togo[:, 1:], observation, unknown]
+        self.history = [*self.history, step][-self.context :]
+        tokens = tuple(torch.stack(x, 1)[None] for x in zip(*self.history, strict=True))
+        time = torch.arange(self.time + 1 - len(self.history), self.time + 1)
+        time = time.expand(1, len(observation), -1)
+        with torch.no_grad():
+            mean = transformer(self.parameters, self.heads, tokens, time)[0][0, :, -1]
+        self.history[-1][3] = mean.clamp(-1, 1)
+        self.time += 1
+        return mean.numpy()
+
+    def observe(self, rewards: np.ndarray, costs: np.ndarray) -> None:
+        """What the step brought, [n] each: so much less is still to come."""
+        self.togo = self.togo - torch.from_numpy(np.float32([rewards, costs])).T * self.scale
+
+
+def load_policy(
+    config: dict, parameters: Parameters, targets: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Rebuild one model for evaluation; targets are the return and cost to aim at, [n, 2]."""
+    return Actor(config, parameters, targets)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,353 @@
+"""CDT: causality, padding, the augmentation, the bookkeeping of what is still to come."""
+
+import csv
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from algorithms import cdt
+from common.dataset import get_target_returns, load_dataset
+from common.evaluation import play
+from common.tasks import RETURN_TARGETS, TASKS, get_task
+
+TASK = get_task("BallRun")
+SMALL = cdt.Args(width=32, layers=2, heads=4)
+S, B, K = 2, 3, 6
+
+
+@pytest.fixture
+def model():
+    """Parameters of two seeds, away from where they began, so that every part matters."""
+    inits = [cdt.init_parameters(seed, TASK, SMALL) for seed in (0, 1)]
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: torch.stack([p[name] for p in inits])
+        + 0.2 * torch.randn(S, *inits[0][name].shape, generator=generator)
+        for name in inits[0]
+    }
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (1, 1, TASK.observation_dim, TASK.action_dim)
+    tokens = tuple(torch.randn(S, B, K, size, generator=generator) for size in sizes)
+    return tokens, torch.arange(K).expand(S, B, K)
+
+
+@pytest.mark.parametrize("t", range(K - 1))
+def test_no_output_looks_ahead(model, t):
+    tokens, time = batch()
+    before = cdt.transformer(model, 4, tokens, time)
+    changed = tuple(x.clone() for x in tokens)
+    for x in changed:
+        x[:, :, t + 1 :] += 1
+    after = cdt.transformer(model, 4, changed, time)
+    for x, y in zip(before, after, strict=True):
+        torch.testing.assert_close(x[:, :, : t + 1], y[:, :, : t + 1])
+        assert not torch.allclose(x[:, :, t + 1], y[:, :, t + 1], atol=1e-3)
+    # within a step: its action is no input to what is said of it, but to its cost
+    changed = tuple(x.clone() for x in tokens)
+    changed[3][:, :, t] += 1
+    mean, _, cost = cdt.transformer(model, 4, changed, time)
+    torch.testing.assert_close(before[0][:, :, : t + 1], mean[:, :, : t + 1])
+    assert not torch.allclose(before[2][:, :, t], cost[:, :, t], atol=1e-3)
+    # and everything that is known of a step is an input
+    for which in range(3):
+        changed = tuple(x.clone() for x in tokens)
+        changed[which][:, :, t] += 1
+        mean, _, _ = cdt.transformer(model, 4, changed, time)
+        assert not torch.allclose(before[0][:, :, t], mean[:, :, t], atol=1e-3)
+
+
+def test_padding_changes_nothing(model):
+    """A sequence of four steps, alone and padded to six with whatever stands there."""
+    tokens, time = batch()
+    short = cdt.transformer(model, 4, tuple(x[:, :, :4] for x in tokens), time[:, :, :4])
+    padded = cdt.transformer(model, 4, tokens, time)
+    for x, y in zip(short, padded, strict=True):
+        torch.testing.assert_close(x, y[:, :, :4])
+    valid = (time < 4).float()
+    costs = (torch.rand(S, B, K, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+    temperature = torch.zeros(S)
+
+    def loss(output, action, costs, valid):
+        return cdt.cdt_loss(output, action, costs, valid, temperature, 0.02)[0]
+
+    alone = loss(short, tokens[3][:, :, :4], costs[:, :, :4], valid[:, :, :4])
+    torch.testing.assert_close(alone, loss(padded, tokens[3], costs, valid))
+
+
+def test_seeds_do_not_mix(model):
+    tokens, time = batch()
+    both = cdt.transformer(model, 4, tokens, time)
+    one = {name: p[1:] for name, p in model.items()}
+    alone = cdt.transformer(one, 4, tuple(x[1:] for x in tokens), time[1:])
+    for x, y in zip(both, alone, strict=True):
+        torch.testing.assert_close(x[1:], y)
+
+
+def test_transformer_against_a_slow_one(model):
+    """One seed, one sequence, one token after the other, in plain loops."""
+    p = {name: x[0].double() for name, x in model.items()}
+    tokens, time = batch()
+    tokens = tuple(x[:1, :1].double() for x in tokens)
+    fast = cdt.transformer({n: x[None] for n, x in p.items()}, 4, tokens, time[:1, :1])
+
+    def linear(name, x):
+        return x @ p[name] + p[f"{name}_bias"][0]
+
+    def norm(name, x):
+        x = (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+        return x * p[f"norm_{name}"][0] + p[f"norm_{name}_bias"][0]
+
+    names = ("embed_return", "embed_cost", "embed_observation", "embed_action")
+    rows = [
+        norm("embed", linear(name, x[0, 0, t]) + p["embed_time"][t])
+        for t in range(K)
+        for name, x in zip(names, tokens, strict=True)
+    ]
+    for i in range(2):
+        qkv = [linear(f"qkv{i}", norm(f"a{i}", x)).view(3, 4, 8) for x in rows]
+        new = []
+        for t, x in enumerate(rows):
+            heads = []
+            for h in range(4):
+                weights = [(qkv[t][0, h] @ qkv[u][1, h] / math.sqrt(8)).exp() for u in range(t + 1)]
+                total = sum(weights)
+                heads.append(sum(w / total * qkv[u][2, h] for u, w in enumerate(weights)))
+            new.append(x + linear(f"project{i}", torch.cat(heads)))
+        rows = []
+        for x in new:
+            hidden = linear(f"up{i}", norm(f"b{i}", x))
+            hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+            rows.append(x + linear(f"down{i}", hidden))
+    rows = [norm("out", x) for x in rows]
+    for t in range(K):
+        torch.testing.assert_close(fast[0][0, 0, t], linear("mean", rows[4 * t + 2]))
+        log_std = -1.5 + 3.5 * torch.tanh(linear("log_std", rows[4 * t + 2]))
+        torch.testing.assert_close(fast[1][0, 0, t], log_std)
+        torch.testing.assert_close(fast[2][0, 0, t], linear("cost", rows[4 * t + 3])[0])
+
+
+def test_loss_against_torchs_own_distributions():
+    generator = torch.Generator().manual_seed(0)
+    mean, log_std, action = (torch.randn(S, B, K, 2, generator=generator) for _ in range(3))
+    logit = torch.randn(S, B, K, generator=generator)
+    costs = (logit > 0.3).float()
+    valid = (torch.rand(S, B, K, generator=generator) > 0.3).float()
+    log_temperature = torch.tensor([-1.0, 0.5], requires_grad=True)
+    loss, metrics = cdt.cdt_loss((mean, log_std, logit), action, costs, valid, log_temperature, 0.3)
+    for s in range(S):
+        on = valid[s] > 0
+        normal = torch.distributions.Normal(mean[s][on], log_std[s][on].exp())
+        entropy = normal.entropy().sum(-1).mean()
+        expected = -normal.log_prob(action[s][on]).sum(-1).mean()
+        expected -= log_temperature[s].exp().item() * entropy
+        chance = torch.distributions.Bernoulli(logits=logit[s][on])
+        expected -= 0.3 * chance.log_prob(costs[s][on]).mean()
+        assert metrics["loss"][s].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert metrics["entropy"][s].item() == pytest.approx(entropy.item(), rel=1e-5)
+        right = ((logit[s][on] > 0) == (costs[s][on] > 0)).float().mean()
+        assert metrics["cost_accuracy"][s].item() == pytest.approx(right.item())
+    # the temperature rises where the entropy is too low
+    (slope,) = torch.autograd.grad(loss.sum(), log_temperature)
+    expected = log_temperature.exp() * (metrics["entropy"] + 2)
+    torch.testing.assert_close(slope, expected)
+
+
+# --------------------------------------------------------------------------- which trajectories
+
+
+def test_pareto_front_against_a_slow_rule():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        costs, returns = (
+            rng.integers(0, 12, 40).astype(float),
+            rng.integers(0, 12, 40).astype(float),
+        )
+        front = cdt.pareto_front(costs, returns)
+        best = {}
+        for cost in sorted(set(costs)):
+            top = returns[costs == cost].max()
+            if all(top > returns[e] for e in range(40) if costs[e] < cost):
+                best[cost] = top
+        assert dict(zip(costs[front], returns[front], strict=True)) == best
+        assert (np.diff(costs[front]) > 0).all() and (np.diff(returns[front]) > 0).all()
+
+
+def test_augmentation_asks_the_best_for_more():
+    rng = np.random.default_rng(0)
+    costs, returns = rng.uniform(0, 80, 300), rng.uniform(0, 900, 300)
+    episode, more_return, more_cost = cdt.augmented(costs, returns, 500, rng)
+    assert (more_return >= 0).all() and more_return.max() <= returns.std()
+    assert (more_cost >= 0).all()
+    told = costs[episode] + more_cost
+    assert costs.min() <= told.min() and told.max() <= costs.max() and np.ptp(told) > 70
+    for e, cost in zip(episode, told, strict=True):
+        within = costs <= cost
+        assert returns[e] == returns[within].max(), "the best that keeps the cost told"
+
+
+def test_what_is_still_to_come_against_a_slow_rule(two_armed):
+    dataset = load_dataset(TASK, str(two_armed))
+    to_go = dataset.to_go(dataset.rewards)
+    for start, end in zip(dataset.episode_starts, dataset.episode_ends, strict=True):
+        for t in (start, start + 7, end - 1):
+            assert to_go[t] == pytest.approx(dataset.rewards[t:end].sum())
+
+
+def test_the_return_aimed_at(two_armed, capsys):
+    dataset = load_dataset(TASK, str(two_armed))
+    costs, returns = dataset.episode_costs, dataset.returns
+    best = get_target_returns(TASK, dataset, (10.0, 1000.0), None)
+    assert best == (returns[costs <= 10].max(), returns.max())
+    assert get_target_returns(TASK, dataset, (10.0, 20.0), (3.0, 4.0)) == (3.0, 4.0)
+    own = SimpleNamespace(source="dsrl", episode_costs=costs, returns=returns)
+    assert get_target_returns(TASK, own, TASK.cost_limits, None) == (500, 500, 700)
+    assert get_target_returns(TASK, own, (1000.0,), None) == (returns.max(),)
+    capsys.readouterr()
+    expensive = SimpleNamespace(source="file", episode_costs=costs + 100, returns=returns)
+    (target,) = get_target_returns(TASK, expensive, (10.0,), None)
+    cheapest = costs <= np.quantile(costs, 0.1)
+    assert target == returns[cheapest].max() and "no episode costs 10" in capsys.readouterr().out
+
+
+def test_every_task_has_its_authors_targets():
+    assert set(RETURN_TARGETS) == set(TASKS)
+    assert all(len(x) == 3 for x in RETURN_TARGETS.values())
+
+
+# --------------------------------------------------------------------------------- acting
+
+
+class Scripted:
+    """An environment of three steps that says what was done."""
+
+    def __init__(self):
+        self.done = []
+
+    def reset(self, seed):
+        self.t = 0
+        return np.full(TASK.observation_dim, seed, np.float32), {}
+
+    def step(self, action):
+        self.done.append(action)
+        self.t += 1
+        observation = np.full(TASK.observation_dim, self.t, np.float32)
+        return observation, 10.0 * self.t, False, self.t == 3, {"cost": float(self.t == 2)}
+
+    def close(self):
+        pass
+
+
+def test_bookkeeping_of_an_episode_against_a_rollout_by_hand(model, monkeypatch):
+    """Two episodes with two targets: the tokens are what a plain loop says they are."""
+    envs = []
+    monkeypatch.setattr("common.evaluation.make", lambda _: envs.append(Scripted()) or envs[-1])
+    seen = []
+    real = cdt.transformer
+
+    def spy(p, heads, tokens, time, masks=None):
+        seen.append((tuple(x.clone() for x in tokens), time.clone()))
+        return real(p, heads, tokens, time, masks)
+
+    monkeypatch.setattr(cdt, "transformer", spy)
+    one = {name: p[0] for name, p in model.items()}
+    config = {"heads": 4, "context": 2, "reward_scale": 0.1}
+    targets = np.array([[100.0, 10.0], [50.0, 20.0]])
+    scores = play(TASK, cdt.load_policy(config, one, targets), [0, 0])
+    np.testing.assert_array_equal(scores, [[60, 60], [1, 1]])
+    rewards, costs = [10, 20, 30], [0, 1, 0]
+    for t, (tokens, time) in enumerate(seen):
+        steps = list(range(max(0, t - 1), t + 1))  # a context of two
+        for n, (target, limit) in enumerate(targets):
+            assert time[0, n].tolist() == steps
+            for j, u in enumerate(steps):
+                togo = 0.1 * (target - sum(rewards[:u]))
+                assert tokens[0][0, n, j].item() == pytest.approx(togo)
+                assert tokens[1][0, n, j].item() == pytest.approx(limit - sum(costs[:u]))
+                assert (tokens[2][0, n, j] == u).all()
+                expected = envs[n].done[u] if u < t else np.zeros(2)  # not done yet
+                np.testing.assert_allclose(tokens[3][0, n, j], expected, rtol=1e-6)
+    assert len(seen) == 3
+
+
+# --------------------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def train(two_armed, tmp_path, run_script):
+    def run(*flags):
+        out = tmp_path / f"runs{len(list(tmp_path.iterdir()))}"
+        small = "--width 32 --layers 1 --heads 2 --batch-size 32 --lr 1e-3 --warmup 20 --steps 60"
+        code, _, stderr = run_script(
+            cdt.main,
+            *f"--data {two_armed} --output-dir {out} --eval-episodes 0 --device cpu".split(),
+            *f"{small} --log-every 10".split(),
+            *flags,
+        )
+        assert code == 0, stderr
+        (folder,) = (out / "cdt" / "BallRun").iterdir()
+        with open(folder / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        saved = torch.load(folder / "policy.pt", weights_only=True)
+        return rows, json.loads((folder / "results.json").read_text()), saved
+
+    return run
+
+
+def test_updates_lower_the_loss(train):
+    rows, results, saved = train("--cost-limits", 10, "--steps", 300, "--dropout", 0)
+    first, last = rows[0], rows[-1]
+    assert float(last["loss"]) < float(first["loss"]) - 0.5
+    assert float(last["action_error"]) < 0.75 * float(first["action_error"])
+    assert float(last["cost_loss"]) < 0.5 * float(first["cost_loss"]), "the cost shows in a_t"
+    assert float(last["cost_accuracy"]) > 0.95
+    assert saved["targets"] == [(results["runs"][0]["target_return"], 10.0)]
+
+
+def test_it_does_what_it_is_told(train):
+    """Asked for no cost and much return it avoids action 0 and plays action 1, and conversely."""
+    _, _, saved = train("--cost-limits", 10, "--steps", 400, "--dropout", 0)
+    one = {name: p[0, 0] for name, p in saved["parameters"].items()}
+    observation = np.random.default_rng(1).normal(size=(2, 7)).astype(np.float32)
+    targets = np.array([[20.0, 0.0], [-20.0, 40.0]])
+    good, bad = cdt.load_policy(saved["config"], one, targets)(observation)
+    assert good[0] < -0.3 and good[1] > 0.3
+    assert bad[0] > 0.3 and bad[1] < -0.3
+
+
+def test_same_seed_same_bits_and_company_changes_nothing(train):
+    flags = ("--cost-limits", 10, 60)
+    first, second = train(*flags, "--seeds", 1), train(*flags, "--seeds", 1)
+    assert first[0] == second[0] and first[1]["runs"] == second[1]["runs"]
+    together = train(*flags, "--seeds", 0, 1)[2]["parameters"]
+    for name, value in first[2]["parameters"].items():
+        assert torch.equal(value, second[2]["parameters"][name])
+        torch.testing.assert_close(together[name][1], value[0], atol=2e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--heads", 3), "--heads 3: must divide --width 128"),
+        (("--target-returns", 1, 2), "--target-returns: give 3 numbers"),
+        (("--target-returns", 1, 2, "nan"), "--target-returns: give 3 numbers"),
+        (("--context", 0), "--context 0"),
+        (("--augment", "-1"), "--augment -1"),
+    ],
+)
+def test_bad_input(flags, what, two_armed, tmp_path, run_script):
+    base = ["--data", two_armed, "--output-dir", tmp_path / "out", "--eval-episodes", 0]
+    code, _, error = run_script(cdt.main, *base, *flags)
+    assert code == 2 and len(error.splitlines()) == 1 and what in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_cdt_stays_one_short_file():
+    with open(cdt.__file__) as file:
+        assert len(file.readlines()) <= 400
