@@ -41,7 +41,6 @@ Seeds are trained at once: every parameter and every batch has a leading axis fo
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,15 +112,10 @@ Parameters = dict[str, Tensor]  # by name, [S, ...]; those of a linear layer are
 def init_parameters(seed: int, task: Task, args: Args) -> Parameters:
     """One seed's parameters, as GPT's are initialised: normal, deviation 0.02."""
     generator, width = torch.Generator().manual_seed(seed), args.width
-    shapes = {
-        "embed_return": (1, width),
-        "embed_cost": (1, width),
-        "embed_observation": (task.observation_dim, width),
-        "embed_action": (task.action_dim, width),
-        "mean": (width, task.action_dim),
-        "log_std": (width, task.action_dim),
-        "cost": (width, 1),
-    }
+    shapes = {"embed_return": (1, width), "embed_cost": (1, width), "cost": (width, 1)}
+    shapes |= {"embed_observation": (task.observation_dim, width)}
+    shapes |= {"embed_action": (task.action_dim, width)}
+    shapes |= dict.fromkeys(("mean", "log_std"), (width, task.action_dim))
     for i in range(args.layers):
         shapes |= {f"qkv{i}": (width, 3 * width), f"project{i}": (width, width)}
         shapes |= {f"up{i}": (width, 4 * width), f"down{i}": (4 * width, width)}
@@ -157,17 +151,9 @@ def transformer(
     Causal: what is said of step t does not depend on any token after s_t (its action) or a_t (its
     cost), so whatever pads a sequence at its end changes nothing before.
 
-    Args:
-        p: parameters, [S, ...].
-        heads: of each block.
-        tokens: return_to_go [S, B, K, 1], cost_to_go [S, B, K, 1], observation [S, B, K, .],
-            action [S, B, K, .].
-        time: step of the episode, [S, B, K] int64.
-        masks: of dropout, [S, 1 + 2 layers, B * 4K, width], or none.
-
-    Returns:
-        mean and log of the standard deviation of the action [S, B, K, action_dim], logit of the
-        step's cost [S, B, K].
+    tokens are return_to_go, cost_to_go, observation, action, [S, B, K, .] each; time is the step of
+    the episode, [S, B, K]; masks of dropout [S, 1 + 2 layers, B * 4K, width], or none. Returns mean
+    and log of the deviation of the action [S, B, K, .] and the logit of the cost [S, B, K].
     """
     s, b, k = time.shape
     width, layers = p["embed_time"].shape[-1], sum(name.startswith("qkv") for name in p) // 2
@@ -204,18 +190,11 @@ def cdt_loss(
     log_temperature: Tensor,
     cost_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each seed's batch, [S], and what to log, [S] each.
+    """The loss of each run's batch, [S], and what to log, [S] each: means over the valid steps.
 
-    Every part is the mean over the valid steps. The last part moves the temperature alone: it rises
-    while the entropy is below -|A|, and falls above (Haarnoja et al. 2018).
-
-    Args:
-        output: of the transformer.
-        action: what was done, [S, B, K, action_dim].
-        costs: of the step, 1 where there was any, [S, B, K].
-        valid: 1 where there is a step, 0 where the episode has ended, [S, B, K].
-        log_temperature: [S].
-        cost_weight: weight of the auxiliary loss.
+    output is the transformer's; action [S, B, K, .], costs [S, B, K] and valid, 0 where the episode
+    has ended; log_temperature [S]. The last part moves the temperature alone: it rises while the
+    entropy is below -|A|, and falls above (Haarnoja et al. 2018).
     """
     mean, log_std, cost_logit = output
     temperature = log_temperature.exp()
@@ -236,7 +215,7 @@ def cdt_loss(
         "entropy": entropy,
         "temperature": temperature,
         "cost_loss": cost_loss,
-        "cost_accuracy": over_steps(((cost_logit > 0) == (costs > 0)).float()),
+        "cost_accuracy": over_steps(((cost_logit > 0) == (costs > 0.5)).float()),
     }
     return metrics["loss"] + temperature_loss, {name: x.detach() for name, x in metrics.items()}
 
@@ -250,18 +229,16 @@ def pareto_front(costs: np.ndarray, returns: np.ndarray) -> np.ndarray:
 
 def augmented(
     costs: np.ndarray, returns: np.ndarray, count: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Episodes of the front, each told a return above its own and a cost that it stays within.
 
-    Returns:
-        the episode [count], what is added to its returns-to-go [count] and to its costs-to-go
-        [count], neither negative.
+    Returns the episode [count], and what is added to its returns- and costs-to-go [count, 2].
     """
     front = pareto_front(costs, returns)
     told_cost = rng.uniform(costs.min(), costs.max(), count)
     episode = front[np.searchsorted(costs[front], told_cost, side="right") - 1]
     more_return = rng.uniform(0, returns.std(), count)
-    return episode, more_return, told_cost - costs[episode]
+    return episode, np.stack((more_return, told_cost - costs[episode]), 1)
 
 
 def main() -> None:
@@ -281,60 +258,58 @@ def main() -> None:
 
     # ---- the data, on the device: sequences are gathered from it by index
     lengths = dataset.episode_ends - dataset.episode_starts
-    count = round(args.augment * len(lengths))
-    entries = []  # each seed's trajectories to sample: episode, return and cost added, weight
+    entries = []  # each seed's trajectories to sample: where, what is added to its to-go, weight
     for seed in args.seeds:
-        rng = np.random.default_rng(seed)
-        extra = augmented(dataset.episode_costs, dataset.returns, count, rng)
-        episode = np.append(np.arange(len(lengths)), extra[0])
-        more = [np.append(np.zeros(len(lengths)), x) for x in extra[1:]]
-        told = dataset.episode_costs[episode] + more[1]
+        rng, count = np.random.default_rng(seed), round(args.augment * len(lengths))
+        extra, added = augmented(dataset.episode_costs, dataset.returns, count, rng)
+        episode = np.append(np.arange(len(lengths)), extra)
+        more = np.concatenate((np.zeros((len(lengths), 2)), added))
+        told = dataset.episode_costs[episode] + more[:, 1]
         share = (told - told.min()) / max(np.ptp(told), 1e-9)  # 0 the cheapest, 1 the costliest
         weight = args.low_cost_weight + (1 - args.low_cost_weight) * share
-        entries.append((dataset.episode_starts[episode], lengths[episode], *more, weight))
-    start, length, more_return, more_cost, weight = (
+        entries.append((dataset.episode_starts[episode], lengths[episode], more, weight))
+    start, length, more, weight = (
         torch.from_numpy(np.stack(x)).to(device) for x in zip(*entries, strict=True)
-    )  # [S, M] each
-
-    to_go = dataset.to_go(dataset.rewards), dataset.to_go(dataset.costs)
-    arrays = (dataset.observations, dataset.actions, dataset.costs > 0, *to_go)
-    observations, actions, costs, return_to_go, cost_to_go = (
+    )  # [S, M], more [S, M, 2]
+    chance = (weight.cumsum(1) / weight.sum(1, keepdim=True))[:, :-1].float().contiguous()
+    to_go = np.stack((dataset.to_go(dataset.rewards), dataset.to_go(dataset.costs)), 1)  # [N, 2]
+    arrays = (dataset.observations, dataset.actions, dataset.costs > 0, to_go)
+    observations, actions, costs, to_go = (
         torch.from_numpy(np.float32(x)).to(device) for x in arrays
     )
+    scale = torch.tensor([args.reward_scale, 1.0], device=device)
+    each = torch.arange(len(args.seeds), device=device)[:, None]  # [S, 1]
+
     inits = [init_parameters(seed, task, args) for seed in args.seeds]
     parameters = {
         name: torch.stack([p[name] for p in inits]).to(device).requires_grad_() for name in inits[0]
     }
     generators = [torch.Generator(device).manual_seed(seed) for seed in args.seeds]
-    log_temperature = torch.full((len(args.seeds),), math.log(args.temperature), device=device)
-    log_temperature.requires_grad_()
+    initial = torch.full((len(args.seeds),), math.log(args.temperature), device=device)
+    log_temperature = initial.requires_grad_()
     groups = [{"params": list(parameters.values()), "weight_decay": args.weight_decay}]
     groups += [{"params": [log_temperature], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / args.warmup, 1, args.warmup)
 
-    def draw() -> tuple[Tensor, Tensor, Tensor]:
-        """Trajectories [S, B], places in them [S, B] in [0, 1), dropout masks."""
+    def draw() -> tuple[Tensor, Tensor]:
+        """Random numbers in [0, 1), [S, 2, B], and dropout masks."""
         shape = (1 + 2 * args.layers, args.batch_size * 4 * args.context, args.width)
-        which, place, masks = [], [], []
-        for w, g in zip(weight, generators, strict=True):
-            which.append(torch.multinomial(w, args.batch_size, replacement=True, generator=g))
-            place.append(torch.rand(args.batch_size, generator=g, device=device))
-            masks.append(dropout_masks(shape, args.dropout, g))
-        return torch.stack(which), torch.stack(place), torch.stack(masks)
+        numbers = [torch.rand(2, args.batch_size, generator=g, device=device) for g in generators]
+        masks = [dropout_masks(shape, args.dropout, g) for g in generators]
+        return torch.stack(numbers), torch.stack(masks)
 
     for step in range(1, args.steps + 1):
         # 1. draw sequences of K steps, some running beyond their episode's end
-        which, place, masks = draw()
-        long = length.gather(1, which)  # [S, B]
+        numbers, masks = draw()
+        which = torch.searchsorted(chance, numbers[:, 0].contiguous())  # by its weight, [S, B]
+        place, long = numbers[:, 1], length[each, which]  # where in it, of how many steps
         time = (place * long).long()[..., None] + torch.arange(args.context, device=device)
         valid = (time < long[..., None]).float()  # [S, B, K]
         time = time.clamp(max=task.horizon - 1)
-        t = (start.gather(1, which)[..., None] + time).clamp(max=len(actions) - 1)
-        told_return = return_to_go[t] + more_return.gather(1, which)[..., None].float()
-        told_cost = cost_to_go[t] + more_cost.gather(1, which)[..., None].float()
-        tokens = (args.reward_scale * told_return, told_cost)
-        tokens = (*(x[..., None] for x in tokens), observations[t], actions[t])
+        t = (start[each, which][..., None] + time).clamp(max=len(actions) - 1)
+        told = scale * (to_go[t] + more[each, which][:, :, None]).float()  # [S, B, K, 2]
+        tokens = (*told.split(1, -1), observations[t], actions[t])
         # 2. the loss of every seed
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             output = transformer(parameters, args.heads, tokens, time, masks)
@@ -346,9 +321,9 @@ def main() -> None:
         optimizer.zero_grad()
         loss.sum().backward()
         square = sum(p.grad.square().flatten(1).sum(1) for p in parameters.values())  # [S]
-        scale = (args.clip / (square.sqrt() + 1e-6)).clamp(max=1)
+        shrink = (args.clip / (square.sqrt() + 1e-6)).clamp(max=1)
         for p in parameters.values():
-            p.grad.mul_(scale.view(-1, *[1] * (p.dim() - 1)))
+            p.grad.mul_(shrink.view(-1, *[1] * (p.dim() - 1)))
         optimizer.step()
         rise.step()
         run.log("cdt", step, metrics)
@@ -373,7 +348,7 @@ class Actor:
         """Observations [n, .] -> mean actions [n, .]."""
         observation = torch.from_numpy(observations)
         unknown = torch.zeros(len(observation), self.parameters["mean"].shape[-1])
-        step = [self.togo[:, :1], self.togo[:, 1:], observation, unknown]
+        step = [*self.togo.split(1, 1), observation, unknown]
         self.history = [*self.history, step][-self.context :]
         tokens = tuple(torch.stack(x, 1)[None] for x in zip(*self.history, strict=True))
         time = torch.arange(self.time + 1 - len(self.history), self.time + 1)
@@ -389,11 +364,7 @@ class Actor:
         self.togo = self.togo - torch.from_numpy(np.float32([rewards, costs])).T * self.scale
 
 
-def load_policy(
-    config: dict, parameters: Parameters, targets: np.ndarray
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Rebuild one model for evaluation; targets are the return and cost to aim at, [n, 2]."""
-    return Actor(config, parameters, targets)
+load_policy = Actor  # the name by which evaluation asks for it
 
 
 if __name__ == "__main__":

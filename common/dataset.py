@@ -329,14 +329,17 @@ def get_target_returns(
         return asked
     if dataset.source == "dsrl" and limits == task.cost_limits:
         return RETURN_TARGETS[task.name]
-    targets = []
-    for limit in limits:
-        within = dataset.episode_costs <= limit
-        if not within.any():
-            within = dataset.episode_costs <= np.quantile(dataset.episode_costs, 0.1)
-            print(f"note: no episode costs {limit:g} or less; the cheapest tenth sets the return")
-        targets.append(float(dataset.returns[within].max()))
-    return tuple(targets)
+    within = [within_limit(dataset.episode_costs, limit) for limit in limits]
+    return tuple(float(dataset.returns[mask].max()) for mask in within)
+
+
+def within_limit(costs: np.ndarray, limit: float) -> np.ndarray:
+    """Which episodes cost no more than the limit, [E]; the cheapest tenth where none does."""
+    within = costs <= limit
+    if not within.any():
+        print(f"note: no episode costs {limit:g} or less; the cheapest tenth stands for them")
+        within = costs <= np.quantile(costs, 0.1)
+    return within
 
 
 def check_cost_limits(limits: tuple[float, ...]) -> None:

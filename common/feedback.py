@@ -12,11 +12,13 @@ transitions stay in the dataset. With S seeds, K cost limits and P pairs, a file
     safe_label       [S, K, P, 2] int8 +1 safe, -1 unsafe
     segment_length, seeds [S], cost_limits [K], dataset_sha256
 
-    preference_noise, label_noise    the shares that were flipped, for the record
+    cost_preference  [S, P]    int8    which of the two costs more, 0 or 1; -1: neither
+    preference_noise, label_noise      the shares that were flipped, for the record
 
 A file from people has one set of labels, so no seeds and no cost limits: segment_starts [P, 2],
-preference [P], safe_label [P, 2], segment_length, dataset_sha256. A pair without a preference
-serves the safety term alone. The README shows how to make one.
+preference [P], safe_label [P, 2], segment_length, dataset_sha256, and if they were asked
+cost_preference [P]. A pair without a preference serves the safety term alone. The README shows how
+to make one.
 """
 
 import sys
@@ -53,6 +55,7 @@ class Feedback:
     cost_limits: tuple[float, ...]
     dataset_sha256: str
     provenance: dict[str, Any]  # how it was made, or the file it was loaded from
+    cost_preference: np.ndarray | None = None  # [S, P] int8: which costs more, -1 neither
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The feedback as training wants it, of each pair the preferred segment first.
@@ -67,6 +70,22 @@ class Feedback:
         has_preference = (self.preference >= 0)[:, None] & (labels[..., 0] != 0)
         arrays = (starts, labels.astype(np.float32), has_preference.astype(np.float32))
         return tuple(torch.from_numpy(array).to(device) for array in arrays)
+
+    def cost_direction(self, device: torch.device) -> torch.Tensor:
+        """+1 where the preferred segment of a pair costs more, -1 where less, else 0: [S, P].
+
+        Raises:
+            UserError: nobody was asked.
+        """
+        if self.cost_preference is None:
+            raise UserError(
+                f"--feedback {self.provenance['path']}: the key cost_preference is missing; with "
+                "--cost-feedback labels it is not needed"
+            )
+        first = np.where(self.preference == 1, 1, 0)  # as in tensors(): where the first one stood
+        direction = np.where(self.cost_preference == first, 1, -1)
+        direction = np.where(self.cost_preference < 0, 0, direction).astype(np.float32)
+        return torch.from_numpy(direction).to(device)
 
 
 NOISE = ("preference_noise", "label_noise")
@@ -109,6 +128,7 @@ def make_feedback(
 
     starts = np.empty((len(seeds), num_pairs, 2), np.int64)
     preference = np.empty((len(seeds), num_pairs), np.int8)
+    cost_preference = np.empty((len(seeds), num_pairs), np.int8)
     safe_label = np.empty((len(seeds), len(cost_limits), num_pairs, 2), np.int8)
     for s, seed in enumerate(seeds):
         # One stream for each purpose: none shifts when another is drawn longer.
@@ -125,6 +145,7 @@ def make_feedback(
         preference[s] = np.where(second_better == 0, tie_break, second_better > 0)
         flipped = noise.permutation(num_pairs)[: round(preference_noise * num_pairs)]
         preference[s, flipped] = 1 - preference[s, flipped]
+        cost_preference[s] = np.where(costs[:, 0] == costs[:, 1], -1, costs[:, 1] > costs[:, 0])
 
         for k, limit in enumerate(cost_limits):
             safe = costs * task.horizon <= limit * segment_length  # no rounding: costs are whole
@@ -142,6 +163,7 @@ def make_feedback(
         cost_limits,
         dataset.sha256,
         provenance,
+        cost_preference,
     )
 
 
@@ -178,6 +200,7 @@ def save_feedback(feedback: Feedback, path: Path) -> None:
             segment_starts=feedback.segment_starts,
             preference=feedback.preference,
             safe_label=feedback.safe_label,
+            cost_preference=feedback.cost_preference,
             segment_length=feedback.segment_length,
             seeds=np.array(feedback.seeds),
             cost_limits=np.array(feedback.cost_limits),
@@ -227,12 +250,18 @@ def load_feedback(
     starts, preference, safe_label = (
         arrays[key] for key in ("segment_starts", "preference", "safe_label")
     )
+    costlier = arrays.get("cost_preference")
+    if costlier is not None and costlier.shape != preference.shape:
+        raise UserError(f"{where}: cost_preference must have a number for each preference")
+    if costlier is not None and not np.isin(costlier, (-1, 0, 1)).all():
+        raise UserError(f"{where}: cost_preference must be 0, 1, or -1 for neither")
     if from_people:
         if len(cost_limits) != 1:
             raise UserError(f"{where}: one set of labels; give its one limit with --cost-limits")
         copies = len(seeds)
         starts, preference = starts[None].repeat(copies, 0), preference[None].repeat(copies, 0)
         safe_label = safe_label[None, None].repeat(copies, 0)
+        costlier = None if costlier is None else costlier[None].repeat(copies, 0)
     else:
         s, k = len(arrays["seeds"]), len(arrays["cost_limits"])
         if (len(starts), len(preference), *safe_label.shape[:2]) != (s, s, s, k):
@@ -242,6 +271,7 @@ def load_feedback(
         take_limits = _positions(where, "--cost-limits", cost_limits, limits)
         starts, preference = starts[take_seeds], preference[take_seeds]
         safe_label = safe_label[take_seeds][:, take_limits]
+        costlier = None if costlier is None else costlier[take_seeds]
     _check(where, starts, preference, safe_label, int(arrays["segment_length"]), dataset)
     noise = {} if from_people else {key: float(arrays[key]) for key in NOISE}
     return Feedback(
@@ -253,6 +283,7 @@ def load_feedback(
         cost_limits,
         dataset.sha256,
         {"source": "file", **noise, "path": str(path), "sha256": file_sha256(path)},
+        None if costlier is None else np.ascontiguousarray(costlier, np.int8),
     )
 
 
@@ -312,6 +343,9 @@ def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
             segment_starts=whole.segment_starts[:, : args.num_pairs],
             preference=whole.preference[:, : args.num_pairs],
             safe_label=whole.safe_label[:, :, : args.num_pairs],
+            cost_preference=None
+            if whole.cost_preference is None
+            else whole.cost_preference[:, : args.num_pairs],
         )
         held = whole.preference.shape[1]
         if args.num_pairs < held:

@@ -303,6 +303,38 @@ class Run:
         plt.close(figure)
 
 
+def save_scatter(path: Path, true: np.ndarray, learned: np.ndarray, limits: list[float]) -> None:
+    """Draw what models say episodes cost, [R, E], against what they do, [E]; one panel a limit.
+
+    Args:
+        path: of the picture.
+        true: summed cost of each episode.
+        learned: the same as the models of S seeds x K limits have it, seed by seed.
+        limits: the K cost limits.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    count = len(limits)
+    figure, axes = plt.subplots(
+        1, count, figsize=(3 * count, 3), layout="constrained", squeeze=False
+    )
+    for k, (axis, limit) in enumerate(zip(axes[0], limits, strict=True)):
+        for s, values in enumerate(learned[k::count]):
+            axis.plot(true, values, ".", markersize=2, color=f"C{s}")
+        end = max(true.max(), learned.max())
+        axis.plot((0, end), (0, end), color="black", linewidth=1)
+        axis.axvline(limit, color="gray", linestyle=":", linewidth=1)
+        axis.axhline(limit, color="gray", linestyle=":", linewidth=1)
+        axis.set(xlabel="true cost of an episode", title=f"cost limit {limit:g}")
+    axes[0, 0].set_ylabel("learned cost")
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=150, format="png")
+    plt.close(figure)
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a file that appears under its name only when whole."""
     with whole_file(path) as part:

@@ -182,7 +182,8 @@ def test_pareto_front_against_a_slow_rule():
 def test_augmentation_asks_the_best_for_more():
     rng = np.random.default_rng(0)
     costs, returns = rng.uniform(0, 80, 300), rng.uniform(0, 900, 300)
-    episode, more_return, more_cost = cdt.augmented(costs, returns, 500, rng)
+    episode, more = cdt.augmented(costs, returns, 500, rng)
+    more_return, more_cost = more.T
     assert (more_return >= 0).all() and more_return.max() <= returns.std()
     assert (more_cost >= 0).all()
     told = costs[episode] + more_cost
