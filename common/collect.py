@@ -14,6 +14,10 @@ the command, the versions and the seed it was made with.
                    (Stooke et al. 2020) on mean episode cost minus limit
     advantage      (A_reward / std - lambda A_cost / std) / (1 + lambda), of PPO's clipped loss
 
+Between a policy that keeps the limit and one that breaks it at every step there may be none: then
+``--relays`` has two experts share an episode, each as it was at some time of the second half of its
+sweep, one taking over from the other at a random step.
+
 M experts are stacked along a leading axis and act in one forward pass; the environments are stepped
 by worker processes. Each environment has its own random stream, so that the number of workers
 changes no number.
@@ -26,7 +30,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -98,6 +102,8 @@ class Args:
     """integral gain of the multiplier, per iteration (measured)"""
     multiplier_max: float = 5.0
     """largest multiplier: beyond it the reward would be forgotten (measured)"""
+    relays: float = 0.0
+    """share of the steps, the last ones, where two experts of the past share an episode (ours)"""
 
     # ---- PPO
     envs: int = 32
@@ -259,6 +265,7 @@ class Environments:
             theirs.close()
             self.pipes.append(ours)
         self.observations = np.concatenate(self._receive())
+        self.elapsed = np.zeros(count, int)  # steps of the present episode
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[count, action_dim] -> final observations [count, .], scores [4, count].
@@ -269,7 +276,9 @@ class Environments:
             pipe.send(actions[share])
         following, final, scores = zip(*self._receive(), strict=True)
         self.observations = np.concatenate(following)
-        return np.concatenate(final), np.concatenate(scores, axis=1)
+        scores = np.concatenate(scores, axis=1)
+        self.elapsed = np.where(scores[2:].any(0), 0, self.elapsed + 1)
+        return np.concatenate(final), scores
 
     def _receive(self) -> list:
         try:
@@ -283,6 +292,71 @@ class Environments:
         """End the workers."""
         for pipe in self.pipes:
             pipe.send(None)
+
+
+KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
+
+
+def roll_out(
+    environments: Environments, task: Task, length: int, act: Callable[[np.ndarray], np.ndarray]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Step all environments: arrays [T, envs, ...] in DSRL's keys, and the actions before clipping.
+
+    ``act`` maps observations [envs, .] to actions [envs, .] for an action box of [-1, 1].
+    """
+    low, high = np.float32(task.action_low), np.float32(task.action_high)
+    rollout: dict[str, list[np.ndarray]] = {key: [] for key in (*KEYS, "drawn")}
+    for _ in range(length):
+        observations = environments.observations
+        drawn = act(observations)
+        played = low + (drawn.clip(-1, 1) + 1) / 2 * (high - low)
+        final, (reward, cost, terminated, truncated) = environments.step(played)
+        ended = (terminated > 0, (truncated > 0) & (terminated == 0))
+        row = (observations, final, played, np.float32(reward), np.float32(cost), *ended, drawn)
+        for key, x in zip(rollout, row, strict=True):
+            rollout[key].append(x)
+    stacked = {key: np.stack(x) for key, x in rollout.items()}
+    return stacked, stacked.pop("drawn")
+
+
+class Relay:
+    """Experts of the past, two of which share an episode."""
+
+    def __init__(self, std: float, seed: int):
+        self.std, self.rng = std, np.random.default_rng(seed)
+        self.past: list[dict[str, np.ndarray]] = []  # actors, and moments of the observations
+
+    def remember(self, experts: Experts, mean: np.ndarray, variance: np.ndarray) -> None:
+        """Keep every expert's actor as it is now."""
+        for m in range(len(experts.weights["actor0"])):
+            actor = {"mean": mean, "std": np.sqrt(variance + 1e-8)}
+            for layer in range(3):
+                weight, bias = (x[f"actor{layer}"][m] for x in (experts.weights, experts.biases))
+                actor[f"weight{layer}"] = weight.detach().numpy().copy()
+                actor[f"bias{layer}"] = bias[0].detach().numpy().copy()
+            self.past.append(actor)
+
+    def start(self, environments: Environments, horizon: int) -> None:
+        """Have pairs of them act from now on."""
+        self.environments, self.horizon = environments, horizon
+        self.pair = np.zeros((len(environments.elapsed), 2), int)
+        self.switch = np.zeros(len(environments.elapsed), int)
+        self.parameters = {name: np.stack([p[name] for p in self.past]) for name in self.past[0]}
+
+    def act(self, observations: np.ndarray) -> np.ndarray:
+        """[envs, .] -> [envs, .]; where an episode begins, draw who plays it and when it changes."""
+        elapsed = self.environments.elapsed
+        new = elapsed == 0
+        self.pair[new] = self.rng.integers(len(self.past), size=(new.sum(), 2))
+        self.switch[new] = self.rng.integers(self.horizon, size=new.sum())
+        who = self.pair[np.arange(len(elapsed)), (elapsed >= self.switch).astype(int)]
+        p = {name: x[who] for name, x in self.parameters.items()}
+        hidden = ((observations - p["mean"]) / p["std"]).clip(-10, 10)
+        for layer in range(3):
+            hidden = np.einsum("ni,nio->no", hidden, p[f"weight{layer}"]) + p[f"bias{layer}"]
+            hidden = np.tanh(hidden) if layer < 2 else hidden
+        noise = self.std * self.rng.standard_normal(hidden.shape)
+        return (hidden + noise).astype(np.float32)
 
 
 class Candidates:
@@ -358,9 +432,6 @@ def thin(
     return np.sort(np.concatenate((chosen, filling)))
 
 
-KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
-
-
 def write(
     path: Path,
     episodes: list[dict[str, np.ndarray]],
@@ -384,7 +455,7 @@ def settings(args: Args) -> tuple[Task, Path, float, float, int]:
     check_numbers(
         args,
         {"seed": 0, "min_return": -math.inf},
-        shares=("gae_lambda", "clip"),
+        shares=("gae_lambda", "clip", "relays"),
         below_1=("gamma",),
     )
     if args.envs % args.experts:
@@ -418,7 +489,6 @@ def main() -> None:
     n = args.envs // args.experts
     experts = Experts(args.experts, task.observation_dim, task.action_dim, args.hidden_size)
     optimizer = torch.optim.Adam(experts.parameters(), lr=args.lr, fused=True)
-    low, high = np.float32(task.action_low), np.float32(task.action_high)
     candidates = Candidates(args.envs, max_cost, min_return)
     environments = Environments(task, args.envs, args.seed, args.workers)
 
@@ -435,28 +505,32 @@ def main() -> None:
         return torch.from_numpy(scaled.astype(np.float32)).view(shape).movedim(-3, 0)
 
     iterations = -(-args.steps // (args.rollout * args.envs))
+    learning = max(1, round((1 - args.relays) * iterations))  # the others are relays
+    relay, remember_every = Relay(args.std_end, args.seed), max(1, learning // 20)
     bar = progress_bar(total=iterations)
+
+    def show() -> None:
+        bar.update()
+        bar.set_postfix_str(candidates.best(task.cost_limits), refresh=False)
+
     for iteration in range(iterations):
-        progress = iteration / iterations
+        progress = iteration / learning
         limit = limits_at(progress, args.experts, args, max_cost)
         std = args.std_start * (args.std_end / args.std_start) ** progress
 
         # 1. act
-        rollout: dict[str, list[np.ndarray]] = {key: [] for key in (*KEYS, "drawn")}
-        for _ in range(args.rollout):
-            observations = environments.observations
+        def explore(observations: np.ndarray, std: float = std) -> np.ndarray:
+            """The experts' actions, [envs, .], with noise."""
             with torch.no_grad():
                 action = experts("actor", normal(observations))  # [M, n, action_dim]
                 action += std * torch.randn(action.shape, generator=generator)
-            drawn = action.reshape(args.envs, -1).numpy()
-            played = low + (drawn.clip(-1, 1) + 1) / 2 * (high - low)
-            final, (reward, cost, terminated, truncated) = environments.step(played)
-            ended = (terminated > 0, (truncated > 0) & (terminated == 0))
-            row = (observations, final, played, np.float32(reward), np.float32(cost), *ended, drawn)
-            for key, x in zip(rollout, row, strict=True):
-                rollout[key].append(x)
-        stacked = {key: np.stack(x) for key, x in rollout.items()}  # [T, envs, ...]
-        drawn = stacked.pop("drawn")
+            return action.reshape(args.envs, -1).numpy()
+
+        if iteration >= learning:
+            candidates.add(roll_out(environments, task, args.rollout, relay.act)[0])
+            show()
+            continue
+        stacked, drawn = roll_out(environments, task, args.rollout, explore)
         costs = candidates.add(stacked)
 
         # 2. the multipliers
@@ -530,8 +604,12 @@ def main() -> None:
             variance * count + seen.var(0) * len(seen) + shift**2 * count * len(seen) / total
         ) / total
         count = total
-        bar.update()
-        bar.set_postfix_str(candidates.best(task.cost_limits), refresh=False)
+        if 2 * iteration >= learning and iteration % remember_every == 0:
+            relay.remember(experts, mean, variance)
+        if iteration + 1 == learning:
+            relay.remember(experts, mean, variance)
+            relay.start(environments, task.horizon)
+        show()
     bar.close()
     environments.close()
 

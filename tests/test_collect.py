@@ -1,6 +1,7 @@
 """The collector: its mathematics against slow versions, its files, and that its experts learn."""
 
 import textwrap
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -179,3 +180,61 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     code, _, error = run_script(collect.main, *flags.split())
     assert code == 2 and len(error.splitlines()) == 1 and sentence in error
     assert not list(tmp_path.iterdir())
+
+
+def test_in_a_relay_one_expert_takes_over_from_the_other():
+    """Two experts with constant actions; what is played changes at the step drawn, once."""
+    experts = collect.Experts(2, 3, 1, 4)
+    with torch.no_grad():
+        for parameter in (*experts.weights.values(), *experts.biases.values()):
+            parameter.zero_()
+        experts.biases["actor2"][:, 0, 0] = torch.tensor([-0.5, 0.5])
+    relay = collect.Relay(std=1e-6, seed=0)
+    relay.remember(experts, np.zeros(3), np.ones(3))
+    environments = mock.Mock(elapsed=np.zeros(50, int))
+    relay.start(environments, horizon=20)
+    played = []
+    for t in range(20):
+        environments.elapsed = np.full(50, t)
+        played.append(relay.act(np.zeros((50, 3)))[:, 0])
+    played = np.sign(played)  # [T, envs]
+    changes = (np.diff(played, axis=0) != 0).sum(0)
+    assert set(changes) == {0, 1}
+    assert 10 < changes.sum() < 40, "half of the pairs are of two different experts"
+    for env in np.flatnonzero(changes):
+        first, second = relay.pair[env]
+        assert np.flatnonzero(np.diff(played[:, env])) + 1 == relay.switch[env]
+        assert (played[0, env], played[-1, env]) == (2 * first - 1, 2 * second - 1)
+    environments.elapsed = np.zeros(50, int)
+    before = relay.switch.copy()
+    relay.act(np.zeros((50, 3)))
+    assert (relay.switch != before).any(), "a new episode, a new pair"
+
+
+def test_an_experts_past_acts_as_it_did():
+    torch.manual_seed(0)
+    experts = collect.Experts(2, 3, 2, 8)
+    mean, variance = np.array([0.5, -1.0, 2.0]), np.array([1.0, 4.0, 0.25])
+    relay = collect.Relay(std=1e-7, seed=0)
+    relay.remember(experts, mean, variance)
+    observations = np.random.default_rng(0).normal(size=(6, 3))
+    scaled = torch.tensor((observations - mean) / np.sqrt(variance), dtype=torch.float)
+    expected = experts("actor", scaled.expand(2, 6, 3)).detach().numpy()
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.add_(1.0)  # it goes on learning
+    environments = mock.Mock(elapsed=np.zeros(6, int))
+    relay.start(environments, horizon=5)
+    action = relay.act(observations)
+    who = np.where(relay.switch > 0, relay.pair[:, 0], relay.pair[:, 1])
+    np.testing.assert_allclose(action, expected[who, np.arange(6)], atol=1e-4)
+
+
+def test_relays_fill_what_the_experts_leave(tmp_path, run_script):
+    flags = "BallRun --steps 16000 --envs 8 --rollout 100 --relays 0.5 --workers 1"
+    path = tmp_path / "relay.hdf5"
+    code, _, error = run_script(collect.main, *flags.split(), "--output", path)
+    assert code == 0, error
+    with h5py.File(path) as file:
+        assert "relays 0.5" in file.attrs["settings"]
+        assert file["timeouts"][:].sum() + file["terminals"][:].sum() > 20
