@@ -344,7 +344,7 @@ class Relay:
         self.parameters = {name: np.stack([p[name] for p in self.past]) for name in self.past[0]}
 
     def act(self, observations: np.ndarray) -> np.ndarray:
-        """[envs, .] -> [envs, .]; where an episode begins, draw who plays it and when it changes."""
+        """[envs, .] -> [envs, .]; at an episode's start draw who plays it and when it changes."""
         elapsed = self.environments.elapsed
         new = elapsed == 0
         self.pair[new] = self.rng.integers(len(self.past), size=(new.sum(), 2))
