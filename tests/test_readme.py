@@ -77,6 +77,32 @@ def test_every_choice_of_a_default_is_the_row_of_its_files():
             assert cell == f"{reward:.2f} / {cost:.2f} ({safe})", (name, task)
 
 
+def test_every_compared_method_and_ablation_is_the_row_of_its_files():
+    """Rows of two names, then the paper's and our cell for each task, then the files."""
+    rows = [line.strip("| ").split(" | ") for line in README.splitlines() if "-*.json`" in line]
+    rows = [row for row in rows if len(row) == 9]
+    assert len({row[-1] for row in rows}) >= 8
+    seen = 0
+    for row in rows:
+        name = re.fullmatch(r"`(\S+)-\*\.json`", row[-1])[1]
+        for cell, task in zip(row[3:8:2], ("BallRun", "BallCircle", "DroneRun"), strict=True):
+            if cell == "—":
+                assert not (ROOT / "common" / "measured" / f"{name}-{task}.json").exists()
+                continue
+            results = measured(f"{name}-{task}")
+            assert results["task"] == task and results["seeds"] == [0, 1, 2]
+            assert results["eval_episodes"] == 20 and len(results["runs"]) == 9
+            safe = sum(run["normalized_cost"] <= 1 for run in results["runs"])
+            reward, cost = results["normalized_reward"], results["normalized_cost"]
+            assert cell == f"{reward:.2f} / {cost:.2f} ({safe})", (name, task)
+            flag, value = (re.findall(r"--([\w-]+)(?: ([^`]+))?`", row[1]) or [("", "")])[0]
+            if flag:
+                held = results["config"][flag.replace("-", "_")]
+                assert held is True if not value else str(held) == value or held == float(value)
+            seen += 1
+    assert seen >= 20
+
+
 def test_what_a_newcomer_is_promised_is_what_was_measured():
     assert summary(measured("presa-BallRun-seed0")).strip("\n") in README
 
