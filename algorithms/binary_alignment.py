@@ -3,9 +3,10 @@
     python algorithms/binary_alignment.py --task BallRun
     python algorithms/binary_alignment.py --task BallRun --seeds 0 1 2
 
-A segment is desirable iff it is safe and the preferred one of its pair. First the policy imitates
-all segments and is frozen as the reference; then, read as a classifier, it tells desirable segments
-from the others (a loss like KTO's: PreSa's safety term, its weights and eta, with these labels):
+A segment is desirable iff it is safe and the preferred one of its pair (a pair without a preference
+is left out). First the policy imitates all segments and is frozen as the reference; then, read as a
+classifier, it tells desirable segments from the others (a loss like KTO's: PreSa's safety term, its
+weights and eta, with these labels):
 
     min_theta  E[w(y) (1 - sigmoid(y (beta Psi(s) - z_ref)))]                           (eq. 6-10)
 
@@ -66,7 +67,7 @@ class Args(OutputArgs, FeedbackArgs):
     """transitions a step of behaviour cloning (ours)"""
     steps: int = 3_000
     """steps of alignment (ours: PreSa's)"""
-    lr: float = 1e-4
+    lr: float = 3e-4
     """learning rate of alignment, Adam (ours: PreSa's)"""
     batch_size: int = 32
     """pairs a step of alignment (ours)"""

@@ -12,7 +12,7 @@ where R_t is the return still to come and C_t the cost still to come, and is tra
 done: a_t from everything up to s_t. To act, it is told which return and cost to aim at. One model a
 seed serves every cost limit.
 
-    min_theta  E[-log pi(a_t | .. R_t C_t s_t) - T H(pi)] + w E[-log p(c_t > 0 | .. a_t)]
+    min_theta  E[-log pi(a_t | .. R_t C_t s_t) - T H(pi)] + w E[-log p(1[c_t > 0] | .. a_t)]
 
     paper          here                    meaning
     R_t            return_to_go            sum_{t' >= t} r_t', times reward_scale
@@ -33,7 +33,8 @@ Where we depart from the authors' code (OSRL):
   largest limit is 80. Ours falls linearly from the cheapest to the costliest and is never 0.
 - Their augmentation has constants for each task. Ours: a cost drawn between the data's extremes, a
   return above the front's by up to the standard deviation of the data's returns.
-- Dropout on the embeddings and the residual branches, not on the attention weights.
+- Dropout on the embeddings and the residual branches, not on the attention weights; costs-to-go as
+  they are; the temperature's rate warms up with the others'; bfloat16 in the blocks on a GPU.
 - On data other than DSRL's own, the return aimed at is the best of the file's within the limit.
 
 Seeds are trained at once: every parameter and every batch has a leading axis for them, S.
@@ -68,6 +69,9 @@ class Args(OutputArgs, TaskArgs):
     """return aimed at, one for each limit; default: CDT's authors', or the best within the limit"""
     reward_scale: float = 0.1
     """returns-to-go are multiplied by this before they are embedded (CDT)"""
+
+    eval_every: int = 5_000
+    """steps between evaluations; the last policy is always evaluated"""
 
     # ---- which trajectories it sees
     augment: float = 0.2
@@ -140,11 +144,7 @@ def norm(p: Parameters, name: str, x: Tensor) -> Tensor:
 
 
 def transformer(
-    p: Parameters,
-    heads: int,
-    tokens: tuple[Tensor, Tensor, Tensor, Tensor],
-    time: Tensor,
-    masks: Tensor | None = None,
+    p: Parameters, heads: int, tokens: tuple[Tensor, ...], time: Tensor, masks: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each step's action is likely to be, and whether the step costs.
 
@@ -167,14 +167,15 @@ def transformer(
     x = torch.stack(parts, 2).view(s, b * k * 4, width)  # R_1 C_1 s_1 a_1 R_2 ...
     drop = [1.0] * (1 + 2 * layers) if masks is None else masks.unbind(1)
     x = norm(p, "embed", x) * drop[0]
-    for i in range(layers):
-        qkv = linear(p, f"qkv{i}", norm(p, f"a{i}", x)).view(s * b, k * 4, 3, heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [S*B, heads, 4K, width/heads] each
-        seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        seen = seen.transpose(1, 2).reshape(s, b * k * 4, width)
-        x = x + linear(p, f"project{i}", seen) * drop[1 + 2 * i]
-        hidden = F.gelu(linear(p, f"up{i}", norm(p, f"b{i}", x)))
-        x = x + linear(p, f"down{i}", hidden) * drop[2 + 2 * i]
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):  # the blocks alone
+        for i in range(layers):
+            qkv = linear(p, f"qkv{i}", norm(p, f"a{i}", x)).view(s * b, k * 4, 3, heads, -1)
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [S*B, heads, 4K, width/heads] each
+            seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            seen = seen.transpose(1, 2).reshape(s, b * k * 4, width)
+            x = x + linear(p, f"project{i}", seen) * drop[1 + 2 * i]
+            hidden = F.gelu(linear(p, f"up{i}", norm(p, f"b{i}", x)))
+            x = x + linear(p, f"down{i}", hidden) * drop[2 + 2 * i]
     x = norm(p, "out", x).view(s, b * k, 4, width)
     at_state, at_action = x[:, :, 2], x[:, :, 3]
     log_std = -1.5 + 3.5 * torch.tanh(linear(p, "log_std", at_state))  # in [-5, 2]
@@ -246,6 +247,8 @@ def main() -> None:
     check_args(args)
     if args.width % args.heads:
         raise UserError(f"--heads {args.heads}: must divide --width {args.width}")
+    if args.temperature <= 0 or args.low_cost_weight < 1:
+        raise UserError("--temperature must be above 0, and --low-cost-weight 1 or more")
 
     # ---- setup: nothing is written before all input is checked
     task = get_task(args.task, args.env_id)
@@ -311,9 +314,7 @@ def main() -> None:
         told = scale * (to_go[t] + more[each, which][:, :, None]).float()  # [S, B, K, 2]
         tokens = (*told.split(1, -1), observations[t], actions[t])
         # 2. the loss of every seed
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            output = transformer(parameters, args.heads, tokens, time, masks)
-        output = tuple(x.float() for x in output)
+        output = transformer(parameters, args.heads, tokens, time, masks)
         loss, metrics = cdt_loss(
             output, actions[t], costs[t], valid, log_temperature, args.cost_weight
         )

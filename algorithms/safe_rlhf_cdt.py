@@ -71,6 +71,9 @@ class Args(OutputArgs, FeedbackArgs):
     reward_scale: float = 0.1
     """returns-to-go are multiplied by this before they are embedded (CDT)"""
 
+    eval_every: int = 5_000
+    """steps between evaluations; the last policy is always evaluated"""
+
     # ---- which trajectories it sees
     augment: float = 0.2
     """augmented trajectories, as a share of the data's (CDT)"""
@@ -142,11 +145,7 @@ def norm(p: Parameters, name: str, x: Tensor) -> Tensor:
 
 
 def transformer(
-    p: Parameters,
-    heads: int,
-    tokens: tuple[Tensor, Tensor, Tensor, Tensor],
-    time: Tensor,
-    masks: Tensor | None = None,
+    p: Parameters, heads: int, tokens: tuple[Tensor, ...], time: Tensor, masks: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each step's action is likely to be, and whether the step costs.
 
@@ -169,14 +168,15 @@ def transformer(
     x = torch.stack(parts, 2).view(s, b * k * 4, width)  # R_1 C_1 s_1 a_1 R_2 ...
     drop = [1.0] * (1 + 2 * layers) if masks is None else masks.unbind(1)
     x = norm(p, "embed", x) * drop[0]
-    for i in range(layers):
-        qkv = linear(p, f"qkv{i}", norm(p, f"a{i}", x)).view(s * b, k * 4, 3, heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [S*B, heads, 4K, width/heads] each
-        seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        seen = seen.transpose(1, 2).reshape(s, b * k * 4, width)
-        x = x + linear(p, f"project{i}", seen) * drop[1 + 2 * i]
-        hidden = F.gelu(linear(p, f"up{i}", norm(p, f"b{i}", x)))
-        x = x + linear(p, f"down{i}", hidden) * drop[2 + 2 * i]
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):  # the blocks alone
+        for i in range(layers):
+            qkv = linear(p, f"qkv{i}", norm(p, f"a{i}", x)).view(s * b, k * 4, 3, heads, -1)
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [S*B, heads, 4K, width/heads] each
+            seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            seen = seen.transpose(1, 2).reshape(s, b * k * 4, width)
+            x = x + linear(p, f"project{i}", seen) * drop[1 + 2 * i]
+            hidden = F.gelu(linear(p, f"up{i}", norm(p, f"b{i}", x)))
+            x = x + linear(p, f"down{i}", hidden) * drop[2 + 2 * i]
     x = norm(p, "out", x).view(s, b * k, 4, width)
     at_state, at_action = x[:, :, 2], x[:, :, 3]
     log_std = -1.5 + 3.5 * torch.tanh(linear(p, "log_std", at_state))  # in [-5, 2]
@@ -251,7 +251,7 @@ def init_models(seed: int, task: Task, limit: float, width: int) -> Parameters:
         sizes = (task.observation_dim + task.action_dim, width, width, 1)
         for i in range(3):
             weight = torch.randn(sizes[i], sizes[i + 1], generator=generator)
-            models[f"{name}{i}"] = weight / sizes[i] ** 0.5
+            models[f"{name}{i}"] = weight / sizes[i] ** 0.5 * (0.01 if i == 2 else 1)
             models[f"{name}{i}_bias"] = torch.zeros(1, sizes[i + 1])
     rate = min(max(limit / task.horizon, 1e-3), 0.5)
     models["cost_rate2_bias"] += math.log(rate / (1 - rate))
@@ -270,11 +270,7 @@ def predict(p: Parameters, observation: Tensor, action: Tensor) -> tuple[Tensor,
 
 
 def model_loss(
-    reward: Tensor,
-    cost: Tensor,
-    labels: tuple[Tensor, Tensor, Tensor],
-    sharpness: Tensor,
-    threshold: Tensor,
+    reward: Tensor, cost: Tensor, labels: tuple[Tensor, ...], sharpness: Tensor, threshold: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses and accuracies of both models, [R] each, on segments' sums of preferred and rejected.
 
@@ -297,14 +293,16 @@ def model_loss(
         loss = loss + part
         metrics[f"{name}_loss"] = part.detach()
         metrics[f"{name}_accuracy"] = (known * (margin > 0)).sum(1) / count
-    return loss, metrics | {"loss": loss.detach()}
+    return loss, metrics | {"loss": loss.detach(), "sharpness": sharpness.detach()}
 
 
 def main() -> None:
     args = parse_args(Args)
-    check_args(args, shares=("held_out", "target_quantile"))
+    check_args(args, shares=("target_quantile",), below_1=("held_out",))
     if args.width % args.heads:
         raise UserError(f"--heads {args.heads}: must divide --width {args.width}")
+    if args.temperature <= 0 or args.low_cost_weight < 1:
+        raise UserError("--temperature must be above 0, and --low-cost-weight 1 or more")
 
     # ---- setup: nothing is written before all input is checked
     task = get_task(args.task, args.env_id)
@@ -316,6 +314,8 @@ def main() -> None:
     direction = torch.zeros_like(has_preference)  # [S, K, P]
     if args.cost_feedback == "pairs-and-labels":
         direction += feedback.cost_direction(device)[:, None] * (safe_label[..., 0] != 0)
+    if not has_preference.any(-1).all():
+        raise UserError(f"--feedback {args.feedback}: at a limit no pair has a preference")
     labels = [x.flatten(0, 1) for x in (has_preference, safe_label, direction)]  # [R, P, ...]
     starts = starts.repeat_interleave(len(limits), 0)  # [R, P, 2]
     trained = max(1, round((1 - args.held_out) * starts.shape[1]))  # the last pairs are held out
@@ -346,7 +346,9 @@ def main() -> None:
         known = tuple(x[each, pairs] for x in labels)
         return model_loss(reward, cost, known, models["sharpness"].exp().flatten(), threshold)
 
-    optimizer = torch.optim.Adam(models.values(), lr=args.model_lr, fused=True)
+    slow = [p for name, p in models.items() if name != "sharpness"]
+    groups = [{"params": slow}, {"params": [models["sharpness"]], "lr": 1e-2}]
+    optimizer = torch.optim.Adam(groups, lr=args.model_lr, fused=True)
     for step in range(1, args.model_steps + 1):
         shape = (args.model_batch_size,)
         drawn = [torch.randint(trained, shape, generator=g, device=device) for g in generators]
@@ -370,7 +372,7 @@ def main() -> None:
         total_cost = np.add.reduceat(costs, dataset.episode_starts, 1)  # [R, E]
         total_reward = np.add.reduceat(rewards, dataset.episode_starts, 1)
     kappa, true = np.tile(limits, len(seeds)), dataset.episode_costs  # [R], [E]
-    within = [within_limit(x, limit) for x, limit in zip(total_cost, kappa, strict=True)]
+    within = [within_limit(x, k, " by its model") for x, k in zip(total_cost, kappa, strict=True)]
     pairs = zip(total_reward, within, strict=True)
     final["target_return"] = np.stack([np.quantile(x[w], args.target_quantile) for x, w in pairs])
     final["cost_correlation"] = np.stack([np.corrcoef(x, true)[0, 1] for x in total_cost])
@@ -421,9 +423,7 @@ def main() -> None:
         told = to_go[each[..., None], t] + more[each, which][:, :, None]  # [R, B, K, 2]
         tokens = (*(scale * told).float().split(1, -1), observations[t], actions[t])
         # 2. the loss of every run
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            output = transformer(parameters, args.heads, tokens, time, masks)
-        output = tuple(x.float() for x in output)
+        output = transformer(parameters, args.heads, tokens, time, masks)
         loss, metrics = cdt_loss(
             output, actions[t], costs[each[..., None], t], valid, log_temperature, args.cost_weight
         )

@@ -12,8 +12,9 @@ PreSa's preference term):
 
     paper          here                    meaning
     sigma          segment                 L consecutive steps (s_t, a_t) of one episode
-    sigma+/-       preferred, rejected     the two segments of a pair, by reward
-                   direction               +1 where safety agrees, -1 where it turns the pair round
+    sigma+/-       preferred, rejected     the two segments of a pair, after merging
+                   direction               +1 where the one that did better is sigma+, -1 where
+                                           safety turns the pair round, 0 where nobody can say
     log pi(a|s)    log_prob                -|pi(s) - a|^2, a Gaussian of fixed variance (B.4)
     psi / beta     score, Psi above        sum_t gamma^t log pi(a_t|s_t) / pi_ref(a_t|s_t) (eq. 7)
     alpha          alpha                   temperature (eq. 3)
@@ -39,7 +40,7 @@ from torch.func import functional_call, stack_module_state
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.args import FeedbackArgs, OutputArgs, check_args
-from common.cli import get_device, parse_args, run_main
+from common.cli import UserError, get_device, parse_args, run_main
 from common.dataset import load_dataset
 from common.dropout import dropout_masks
 from common.feedback import get_feedback
@@ -66,7 +67,7 @@ class Args(OutputArgs, FeedbackArgs):
     """transitions a step of behaviour cloning (ours)"""
     steps: int = 3_000
     """steps of alignment (ours: PreSa's)"""
-    lr: float = 1e-4
+    lr: float = 3e-4
     """learning rate of alignment, Adam (ours: PreSa's)"""
     batch_size: int = 32
     """pairs a step of alignment (ours)"""
@@ -106,7 +107,7 @@ def segment_score(log_prob: Tensor, ref_log_prob: Tensor, gamma: float) -> Tenso
 def unified_direction(safe_label: Tensor, has_preference: Tensor) -> Tensor:
     """+1: the first segment of a pair is preferred, -1: the second, 0: neither -> [...].
 
-    safe_label is [..., 2] (+1, -1; 0: left out), of each pair the segment of more reward first;
+    safe_label is [..., 2] (+1, -1; 0: left out), of each pair the segment that did better first;
     has_preference [...] is 0 where nobody said which did better.
     """
     difference = (safe_label[..., 0] - safe_label[..., 1]) / 2  # +1, -1, or 0 where they are alike
@@ -149,6 +150,8 @@ def main() -> None:
     starts, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
     limits, num_pairs, length = feedback.cost_limits, starts.shape[1], feedback.segment_length
     direction = unified_direction(safe_label, has_preference)  # [S, K, P]
+    if not direction.any(-1).all():
+        raise UserError(f"--feedback {args.feedback}: at a limit no pair prefers either segment")
     observations = torch.from_numpy(dataset.observations).to(device)
     actions = torch.from_numpy(dataset.actions).to(device)
     run = Run(args, __file__, task, dataset, limits, args.bc_steps + args.steps, feedback)

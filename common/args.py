@@ -37,8 +37,6 @@ class LabelArgs(TaskArgs):
     """L, steps; default: by a rule, see README"""
     label_noise: float = 0.0
     """share of the safety labels that are flipped (paper, Table 7)"""
-    filter_preferences: bool = False
-    """leave out pairs whose preferred segment is unsafe, their labels too (paper, Table 10)"""
 
 
 @dataclass
@@ -47,6 +45,8 @@ class FeedbackArgs(LabelArgs):
 
     preference_noise: float = 0.0
     """share of the preferences that are flipped; 1 turns every one round"""
+    filter_preferences: bool = False
+    """leave out pairs whose preferred segment is unsafe, their labels too (paper, Table 10)"""
 
 
 @dataclass
@@ -67,15 +67,18 @@ class OutputArgs:
     """log to Weights & Biases as well (WANDB_MODE=offline works)"""
 
 
-def check_args(args: OutputArgs, shares: tuple[str, ...] = ()) -> None:
+def check_args(
+    args: OutputArgs, shares: tuple[str, ...] = (), below_1: tuple[str, ...] = ()
+) -> None:
     """Check the numbers of a script's arguments.
 
     Args:
         args: its dataclass.
         shares: fields of its own that must lie between 0 and 1.
+        below_1: fields of its own that must lie below 1.
 
     Raises:
         UserError: names the first flag that is out of its range.
     """
     shares = ("preference_noise", "label_noise", *shares)
-    check_numbers(args, {"eval_episodes": 0}, shares, below_1=("dropout",))
+    check_numbers(args, {"eval_episodes": 0}, shares, below_1=("dropout", *below_1))

@@ -15,8 +15,8 @@ the command, the versions and the seed it was made with.
     advantage      (A_reward / std - lambda A_cost / std) / (1 + lambda), of PPO's clipped loss
 
 Between a policy that keeps the limit and one that breaks it at every step there may be none: then
-``--relays`` has two experts share an episode, each as it was at some time of the second half of its
-sweep, one taking over from the other at a random step.
+``--relays`` has a cautious and a bold expert share an episode, each as it was at some time in the
+second half of learning, one taking over from the other at a random step.
 
 M experts are stacked along a leading axis and act in one forward pass; the environments are stepped
 by worker processes. Each environment has its own random stream, so that the number of workers
@@ -326,10 +326,12 @@ class Relay:
         self.std, self.rng = std, np.random.default_rng(seed)
         self.past: list[dict[str, np.ndarray]] = []  # actors, and moments of the observations
 
-    def remember(self, experts: Experts, mean: np.ndarray, variance: np.ndarray) -> None:
-        """Keep every expert's actor as it is now."""
+    def remember(
+        self, experts: Experts, limits: np.ndarray, mean: np.ndarray, variance: np.ndarray
+    ) -> None:
+        """Keep every expert's actor as it is now, under its limit [M]."""
         for m in range(len(experts.weights["actor0"])):
-            actor = {"mean": mean, "std": np.sqrt(variance + 1e-8)}
+            actor = {"limit": limits[m], "mean": mean, "std": np.sqrt(variance + 1e-8)}
             for layer in range(3):
                 weight, bias = (x[f"actor{layer}"][m] for x in (experts.weights, experts.biases))
                 actor[f"weight{layer}"] = weight.detach().numpy().copy()
@@ -337,18 +339,27 @@ class Relay:
             self.past.append(actor)
 
     def start(self, environments: Environments, horizon: int) -> None:
-        """Have pairs of them act from now on."""
+        """Have pairs of them act from now on, also in the episodes under way."""
         self.environments, self.horizon = environments, horizon
+        order = np.argsort([p["limit"] for p in self.past], kind="stable")
+        third = -(-len(order) // 3)
+        self.cautious, self.bold = order[:third], order[-third:]
         self.pair = np.zeros((len(environments.elapsed), 2), int)
         self.switch = np.zeros(len(environments.elapsed), int)
         self.parameters = {name: np.stack([p[name] for p in self.past]) for name in self.past[0]}
+        self._draw(np.ones(len(self.pair), bool))
+
+    def _draw(self, new: np.ndarray) -> None:
+        """Of each new episode, one cautious and one bold expert in either order, and the step."""
+        n = new.sum()
+        pair = np.stack([self.rng.choice(part, n) for part in (self.cautious, self.bold)], 1)
+        self.pair[new] = self.rng.permuted(pair, axis=1)
+        self.switch[new] = self.rng.integers(self.horizon, size=n)
 
     def act(self, observations: np.ndarray) -> np.ndarray:
         """[envs, .] -> [envs, .]; at an episode's start draw who plays it and when it changes."""
         elapsed = self.environments.elapsed
-        new = elapsed == 0
-        self.pair[new] = self.rng.integers(len(self.past), size=(new.sum(), 2))
-        self.switch[new] = self.rng.integers(self.horizon, size=new.sum())
+        self._draw(elapsed == 0)
         who = self.pair[np.arange(len(elapsed)), (elapsed >= self.switch).astype(int)]
         p = {name: x[who] for name, x in self.parameters.items()}
         hidden = ((observations - p["mean"]) / p["std"]).clip(-10, 10)
@@ -604,10 +615,10 @@ def main() -> None:
             variance * count + seen.var(0) * len(seen) + shift**2 * count * len(seen) / total
         ) / total
         count = total
-        if 2 * iteration >= learning and iteration % remember_every == 0:
-            relay.remember(experts, mean, variance)
-        if iteration + 1 == learning:
-            relay.remember(experts, mean, variance)
+        last = iteration + 1 == learning
+        if last or (2 * iteration >= learning and iteration % remember_every == 0):
+            relay.remember(experts, limit, mean, variance)
+        if last:
             relay.start(environments, task.horizon)
         show()
     bar.close()

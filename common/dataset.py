@@ -327,17 +327,23 @@ def get_target_returns(
         if len(asked) != len(limits) or not all(map(math.isfinite, asked)):
             raise UserError(f"--target-returns: give {len(limits)} numbers, one for each limit")
         return asked
-    if dataset.source == "dsrl" and limits == task.cost_limits:
-        return RETURN_TARGETS[task.name]
-    within = [within_limit(dataset.episode_costs, limit) for limit in limits]
-    return tuple(float(dataset.returns[mask].max()) for mask in within)
+    known = RETURN_TARGETS.get(task.name) if dataset.source == "dsrl" else None
+    asked = dict(zip(task.cost_limits, known, strict=True)) if known else {}
+    within = {k: within_limit(dataset.episode_costs, k) for k in limits if k not in asked}
+    best = {k: float(dataset.returns[mask].max()) for k, mask in within.items()}
+    return tuple((asked | best)[limit] for limit in limits)
 
 
-def within_limit(costs: np.ndarray, limit: float) -> np.ndarray:
-    """Which episodes cost no more than the limit, [E]; the cheapest tenth where none does."""
+def within_limit(costs: np.ndarray, limit: float, whose: str = "") -> np.ndarray:
+    """Which episodes cost no more than the limit, [E]; the cheapest tenth where none does.
+
+    ``whose`` says in the note then printed by whose count, if not by the data's.
+    """
     within = costs <= limit
     if not within.any():
-        print(f"note: no episode costs {limit:g} or less; the cheapest tenth stands for them")
+        print(
+            f"note: no episode costs {limit:g} or less{whose}; the cheapest tenth stands for them"
+        )
         within = costs <= np.quantile(costs, 0.1)
     return within
 

@@ -17,8 +17,8 @@ transitions stay in the dataset. With S seeds, K cost limits and P pairs, a file
 
 A file from people has one set of labels, so no seeds and no cost limits: segment_starts [P, 2],
 preference [P], safe_label [P, 2], segment_length, dataset_sha256, and if they were asked
-cost_preference [P]. A pair without a preference serves the safety term alone. The README shows how
-to make one.
+cost_preference [P]. A pair without a preference still has its labels. The README shows how to make
+one.
 """
 
 import sys
@@ -79,8 +79,8 @@ class Feedback:
         """
         if self.cost_preference is None:
             raise UserError(
-                f"--feedback {self.provenance['path']}: the key cost_preference is missing; with "
-                "--cost-feedback labels it is not needed"
+                f"--feedback {self.provenance['path']}: the key cost_preference is missing, which "
+                "says which of two segments costs more"
             )
         first = np.where(self.preference == 1, 1, 0)  # as in tensors(): where the first one stood
         direction = np.where(self.cost_preference == first, 1, -1)
@@ -357,7 +357,7 @@ def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
                 f"--segment-length {args.segment_length}: the segments of {args.feedback} have "
                 f"{feedback.segment_length} steps; leave the flag out"
             )
-    if args.filter_preferences:
+    if getattr(args, "filter_preferences", False):
         feedback = filter_preferences(feedback)
     _say_what_labels_tell(feedback)
     return feedback

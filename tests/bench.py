@@ -9,10 +9,10 @@ themselves, their ``main`` as a user runs it, by the times at which steps are lo
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -166,7 +166,8 @@ def usual_bc(dataset: Dataset, device: torch.device) -> Callable[[], None]:
     arrays = (torch.from_numpy(x) for x in (dataset.observations, dataset.actions))
     data = torch.utils.data.TensorDataset(*arrays)
     loader = torch.utils.data.DataLoader(data, batch_size=512, shuffle=True, drop_last=True)
-    policy, batches = usual_policy(device), iter(loader)
+    policy = usual_policy(device)
+    batches = (batch for _ in itertools.count() for batch in loader)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
 
     def step() -> None:
@@ -192,7 +193,7 @@ class UsualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         seen = self.norm1(x)
-        x = x + self.attention(seen, seen, seen, attn_mask=mask)[0]
+        x = x + self.attention(seen, seen, seen, attn_mask=mask, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
 
 
@@ -423,13 +424,13 @@ def bench_evaluation(args: Args, dataset: Dataset, device: torch.device) -> None
 
 
 FIRST_STEP = """
-import sys, time
-root, where = sys.argv[1:]
+import resource, sys, time
+root, where, device = sys.argv[1:]
 sys.path.insert(0, root)
-sys.argv = ["presa.py", "--data", "bundled", "--output-dir", where]
+sys.argv = ["presa.py", "--data", "bundled", "--output-dir", where, "--device", device]
 from algorithms import presa
 def log(run, stage, step, metrics):
-    print("first step", time.time())
+    print("first step", time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     run._end()
     sys.exit()
 presa.Run.log = log
@@ -442,17 +443,19 @@ def bench_start(args: Args, dataset: Dataset, device: torch.device) -> None:
 
     def first_step() -> float:
         with tempfile.TemporaryDirectory() as where:
-            command = [sys.executable, "-c", FIRST_STEP, ROOT, where]
+            command = [sys.executable, "-c", FIRST_STEP, ROOT, where, args.device]
             started = time.time()
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("first step")]
-        return float(line.split()[-1]) - started
+        when, memory = map(float, line.split()[2:])
+        peak.append(memory)
+        return when - started
 
+    peak: list[float] = []
     taken = alternating(args, {"start": first_step})
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     rows = [
         ("process start to the first gradient step, bundled data", taken["start"], "s", None),
-        ("peak memory of the process then", [peak], "MiB", None),
+        ("peak memory of the process then", peak, "MiB", None),
     ]
     show("PreSa's start", rows)
 

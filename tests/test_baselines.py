@@ -15,7 +15,9 @@ from algorithms import (
     bc_safe,
     bc_safe_seg,
     binary_alignment,
+    cdt,
     presa,
+    safe_rlhf_cdt,
     unified_comparison,
 )
 from common.dataset import file_sha256, load_dataset
@@ -247,13 +249,17 @@ def test_a_baseline_stays_one_short_file(module):
 def test_the_same_flags_mean_the_same():
     """A flag that two methods share has one default; where it differs, that is on purpose."""
     fields = {}
-    for module in (presa, *BASELINES):
+    for module in (presa, *BASELINES, cdt, safe_rlhf_cdt):
         for name, field in module.Args.__dataclass_fields__.items():
             fields.setdefault(name, {})[name_of(module)] = field.default
     differ = {name for name, values in fields.items() if len(set(map(str, values.values()))) > 1}
     # Imitation has one stage, as long as both stages of alignment, at the rate of the first one,
-    # and counts its batch in transitions.
-    assert differ == {"steps", "lr", "batch_size"}
+    # and counts its batch in transitions. A transformer is another policy, trained for longer.
+    assert differ == {"steps", "lr", "batch_size", "dropout", "eval_every"}
+    for module, others in ((safe_rlhf_cdt, cdt), (binary_alignment, presa), (bc_safe, bc_all)):
+        ours, theirs = (m.Args.__dataclass_fields__ for m in (module, others))
+        for name in ours.keys() & theirs.keys():
+            assert ours[name].default == theirs[name].default, name
 
 
 # --------------------------------------------------------------------------------------- bad input

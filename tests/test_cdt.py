@@ -13,6 +13,7 @@ from algorithms import cdt
 from common.dataset import get_target_returns, load_dataset
 from common.evaluation import play
 from common.tasks import RETURN_TARGETS, TASKS, get_task
+from tests.conftest import two_armed_arrays, write_dataset
 
 TASK = get_task("BallRun")
 SMALL = cdt.Args(width=32, layers=2, heads=4)
@@ -159,6 +160,66 @@ def test_loss_against_torchs_own_distributions():
     torch.testing.assert_close(slope, expected)
 
 
+def test_batches_are_what_the_dataset_says(tmp_path, run_script, monkeypatch):
+    """Episodes of many lengths: a valid token is a step of the data, told what it may be told."""
+    arrays = two_armed_arrays(episodes=60, seed=2)
+    rng = np.random.default_rng(0)
+    arrays["timeouts"] |= rng.random(2400) < 0.1
+    arrays["observations"][:, 0] = np.arange(2400)  # says which step it is
+    dataset = load_dataset(TASK, str(write_dataset(tmp_path / "ragged.hdf5", **arrays)))
+    seen = []
+    real_transformer, real_loss = cdt.transformer, cdt.cdt_loss
+
+    def spy_transformer(p, heads, tokens, time, masks=None):
+        seen.append([*(x.clone() for x in tokens), time.clone()])
+        return real_transformer(p, heads, tokens, time, masks)
+
+    def spy_loss(output, action, costs, valid, *others):
+        seen[-1] += [action.clone(), costs.clone(), valid.clone()]
+        return real_loss(output, action, costs, valid, *others)
+
+    monkeypatch.setattr(cdt, "transformer", spy_transformer)
+    monkeypatch.setattr(cdt, "cdt_loss", spy_loss)
+    flags = f"--data {dataset.path} --output-dir {tmp_path}/out --eval-episodes 0 --device cpu "
+    flags += "--width 8 --layers 1 --heads 1 --batch-size 256 --steps 12 --context 6 --augment 0.5"
+    code, _, error = run_script(cdt.main, *flags.split())
+    assert code == 0, error
+    episode = np.searchsorted(dataset.episode_ends, np.arange(2400), side="right")
+    costs, returns = dataset.episode_costs, dataset.returns
+    counted, extra = np.zeros(len(costs)), 0
+    for rtg, ctg, observation, action, time, done, costly, valid in seen:
+        for b in range(256):
+            n = int(valid[0, b].sum())
+            assert valid[0, b].tolist() == [1] * n + [0] * (6 - n)
+            steps = observation[0, b, :n, 0].long().numpy()
+            first, e = steps[0], episode[steps[0]]
+            start, end = dataset.episode_starts[e], dataset.episode_ends[e]
+            assert (steps == first + np.arange(n)).all() and (episode[steps] == e).all()
+            assert n == min(6, end - first), "it is cut where its episode ends, and nowhere else"
+            assert (time[0, b, :n].numpy() == steps - start).all()
+            np.testing.assert_array_equal(action[0, b, :n], dataset.actions[steps])
+            np.testing.assert_array_equal(done[0, b, :n], dataset.actions[steps])
+            np.testing.assert_array_equal(costly[0, b, :n], dataset.costs[steps] > 0)
+            to_go = [[x[t:end].sum() for t in steps] for x in (dataset.rewards, dataset.costs)]
+            told = rtg[0, b, :n, 0].numpy() / 0.1, ctg[0, b, :n, 0].numpy()
+            more = [x - np.array(y) for x, y in zip(told, to_go, strict=True)]
+            for x in more:
+                np.testing.assert_allclose(x, x[0], atol=1e-3)  # the same all along
+                assert x[0] >= -1e-3
+            if more[0][0] > 1e-3:  # an augmented one: the best within the cost that it is told
+                extra += 1
+                within = costs <= costs[e] + float(more[1][0]) + 1e-3
+                assert returns[e] == returns[within].max()
+            else:
+                counted[e] += 1
+    assert 0.15 < extra / (12 * 256) < 0.6
+    weight = 10 - 9 * (costs - costs.min()) / np.ptp(costs)  # the cheapest ten times as often
+    order = np.argsort(costs)
+    for half in (order[: len(order) // 2], order[len(order) // 2 :]):
+        expected = weight[half].sum() / weight.sum()
+        assert counted[half].sum() / counted.sum() == pytest.approx(expected, rel=0.1)
+
+
 # --------------------------------------------------------------------------- which trajectories
 
 
@@ -209,7 +270,7 @@ def test_the_return_aimed_at(two_armed, capsys):
     assert get_target_returns(TASK, dataset, (10.0, 20.0), (3.0, 4.0)) == (3.0, 4.0)
     own = SimpleNamespace(source="dsrl", episode_costs=costs, returns=returns)
     assert get_target_returns(TASK, own, TASK.cost_limits, None) == (500, 500, 700)
-    assert get_target_returns(TASK, own, (1000.0,), None) == (returns.max(),)
+    assert get_target_returns(TASK, own, (40.0, 1000.0, 10.0), None) == (700, returns.max(), 500)
     capsys.readouterr()
     expensive = SimpleNamespace(source="file", episode_costs=costs + 100, returns=returns)
     (target,) = get_target_returns(TASK, expensive, (10.0,), None)
@@ -339,6 +400,8 @@ def test_same_seed_same_bits_and_company_changes_nothing(train):
         (("--target-returns", 1, 2), "--target-returns: give 3 numbers"),
         (("--target-returns", 1, 2, "nan"), "--target-returns: give 3 numbers"),
         (("--context", 0), "--context 0"),
+        (("--temperature", 0), "--temperature must be above 0"),
+        (("--low-cost-weight", 0.5), "--low-cost-weight 1 or more"),
         (("--augment", "-1"), "--augment -1"),
     ],
 )

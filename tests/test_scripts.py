@@ -19,11 +19,16 @@ from algorithms import (
     bc_safe,
     bc_safe_seg,
     binary_alignment,
+    cdt,
     presa,
+    safe_rlhf_cdt,
     unified_comparison,
 )
 from common import evaluation
 from common.dataset import file_sha256
+from common.evaluation import _episode_seed, play
+from common.tasks import get_task
+from tests.conftest import real_gymnasium
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -35,7 +40,21 @@ SMALL = [
 
 SCRIPTS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (presa, bc_all, bc_safe, bc_safe_seg, binary_alignment, unified_comparison)
+    for module in (
+        *(presa, bc_all, bc_safe, bc_safe_seg, binary_alignment, unified_comparison),
+        *(cdt, safe_rlhf_cdt),
+    )
+}
+SMALLER = {  # so that a test is quick
+    "hidden_size": "32",
+    "bc_steps": "40",
+    "model_steps": "40",
+    "num_pairs": "200",
+    "width": "32",
+    "layers": "1",
+    "heads": "2",
+    "context": "4",
+    "model_width": "32",
 }
 
 
@@ -104,30 +123,45 @@ def test_metrics_have_a_row_per_run_and_interval(finished):
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "presa"])
 def test_a_baseline_leaves_the_same_files(name, two_armed, tmp_path, run_script):
-    flags = f"--data {two_armed} --output-dir {tmp_path}/out --seeds 0 2 --hidden-size 32 "
-    flags += "--steps 60 --eval-every 50 --log-every 20 --eval-episodes 2 --device cpu"
-    if "bc_steps" in SCRIPTS[name].Args.__dataclass_fields__:
-        flags += " --bc-steps 40"
+    flags = f"--data {two_armed} --output-dir {tmp_path}/out --seeds 0 2 --batch-size 16 "
+    flags += "--steps 60 --eval-every 50 --log-every 20 --eval-episodes 6 --device cpu"
+    for field, value in SMALLER.items():
+        if field in SCRIPTS[name].Args.__dataclass_fields__:
+            flags += f" --{field.replace('_', '-')} {value}"
     code, out, error = run_script(SCRIPTS[name].main, *flags.split())
     assert code == 0, error
     (folder,) = (tmp_path / "out" / name / "BallRun").iterdir()
     names = {"config.json", "metrics.csv", "results.json", "policy.pt", "curves.png"}
-    assert {path.name for path in folder.iterdir()} == names
+    extra = {"calibration.png"} if name == "safe_rlhf_cdt" else set()
+    assert {path.name for path in folder.iterdir()} == names | extra
     assert "(6 runs: seeds 0, 2 × limits 10, 20, 40; data file)" in out.splitlines()[-1]
     results = json.loads((folder / "results.json").read_text())
     assert results["algorithm"] == name and len(results["runs"]) == 6
     assert all(np.isfinite(run["loss"]) for run in results["runs"])
-    assert ("feedback" in results["config"]) == (name not in ("bc_all", "bc_safe"))
+    assert ("feedback" in results["config"]) == (name not in ("bc_all", "bc_safe", "cdt"))
     costs = np.array([run["cost"] for run in results["runs"]]).reshape(2, 3)
     if name == "bc_all":
         assert (costs == costs[:, :1]).all(), "one policy a seed, scored at each limit"
     saved = torch.load(folder / "policy.pt", weights_only=True)
-    limits = 1 if name == "bc_all" else 3
-    assert saved["parameters"]["hidden1.weight"].shape == (2, limits, 32, 7)
+    limits = 1 if name in ("bc_all", "cdt") else 3
+    assert {p.shape[:2] for p in saved["parameters"].values()} == {(2, limits)}
     # a saved policy scores again what it scored in its run
-    code, again, error = run_script(evaluation.main, folder / "policy.pt", "--episodes", 2)
+    code, again, error = run_script(evaluation.main, folder / "policy.pt", "--episodes", 6)
     assert code == 0, error
     assert again.splitlines()[-1] == out.splitlines()[-1]
+    # and scores what a plain player of the game scores, run by run
+    keys = ("config", "parameters", "targets")
+    config, parameters, targets = (saved[key] for key in keys)
+    task = get_task("BallRun")
+    with real_gymnasium():
+        for run, (s, k) in zip(results["runs"], np.ndindex(2, 3), strict=True):
+            one = {key: p[s, min(k, limits - 1)] for key, p in parameters.items()}
+            aims = () if targets is None else (np.array([targets[k]]),)
+            for e in (0, 5):
+                act = SCRIPTS[name].load_policy(config, one, *aims)
+                reward, cost = play(task, act, [_episode_seed((0, 2)[s], e)])[:, 0]
+                assert run["episode_rewards"][e] == pytest.approx(reward, rel=1e-3, abs=1e-2)
+                assert run["episode_costs"][e] == pytest.approx(cost, abs=1)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -244,8 +278,8 @@ BAD_EVERYWHERE = [
 def test_bad_input_ends_with_one_line_and_code_2(script, name, two_armed, tmp_path, run_script):
     flags, what, right = BAD[name]
     if name == "all unsafe":
-        if script == "bc_all":
-            pytest.skip("BC-All knows no cost")
+        if script in ("bc_all", "cdt"):
+            pytest.skip("no limit is beyond it")
         right = "costs so little" if script == "bc_safe" else right
         with h5py.File(two_armed, "a") as file:
             file["costs"][:] = 1
