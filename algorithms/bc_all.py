@@ -107,7 +107,7 @@ def main() -> None:
         return -log_prob(mean, actions[steps]).mean()
 
     optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-    for step in range(1, args.steps + 1):
+    for step in run.steps("bc", 1, args.steps, parameters, generators, optimizer=optimizer):
         loss = torch.vmap(bc_loss)(parameters, *draw(len(observations), args.batch_size))  # [S]
         optimizer.zero_grad()
         loss.sum().backward()

@@ -123,7 +123,7 @@ def main() -> None:
         for name, p in parameters.items()
     }  # [S, K, ...]
     optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-    for step in range(1, args.steps + 1):
+    for step in run.steps("bc", 1, args.steps, parameters, generators, optimizer=optimizer):
         loss = all_runs(parameters, (order, count), (starts, *draw(args.batch_size)))  # [S, K]
         optimizer.zero_grad()
         loss.sum().backward()

@@ -185,7 +185,7 @@ def main() -> None:
         return -log_prob(mean, actions[steps]).mean()
 
     optimizer = torch.optim.Adam(parameters.values(), lr=args.bc_lr, fused=True)
-    for step in range(1, args.bc_steps + 1):
+    for step in run.steps("bc", 1, args.bc_steps, parameters, generators, optimizer=optimizer):
         batch = draw(num_pairs * 2 * length, args.bc_batch_size, args.bc_batch_size)
         loss = torch.vmap(bc_loss)(parameters, starts, *batch)  # [S]
         optimizer.zero_grad()
@@ -219,7 +219,8 @@ def main() -> None:
         for name, p in parameters.items()
     }  # [S, K, ...]
     optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-    for step in range(args.bc_steps + 1, args.bc_steps + args.steps + 1):
+    first, last = args.bc_steps + 1, args.bc_steps + args.steps
+    for step in run.steps("align", first, last, parameters, generators, optimizer=optimizer):
         # 1. draw a batch of pairs for each seed
         batch = draw(num_pairs, args.batch_size, args.batch_size * 2 * length)
         # 2. the loss of every run, eq. 9

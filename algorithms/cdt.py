@@ -302,7 +302,8 @@ def main() -> None:
         masks = [dropout_masks(shape, args.dropout, g) for g in generators]
         return torch.stack(numbers), torch.stack(masks)
 
-    for step in range(1, args.steps + 1):
+    others = {"optimizer": optimizer, "rise": rise, "log_temperature": log_temperature}
+    for step in run.steps("cdt", 1, args.steps, parameters, generators, **others):
         # 1. draw sequences of K steps, some running beyond their episode's end
         numbers, masks = draw()
         which = torch.searchsorted(chance, numbers[:, 0].contiguous())  # by its weight, [S, B]

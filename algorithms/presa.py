@@ -189,7 +189,7 @@ def presa_loss(
         "loss": loss,
         "preference_loss": preference,
         "violation": violation,
-        "nu": nu,
+        "nu": nu.clone(),
         "weighted_probability": (weight * probability).mean(),
         "z_ref": z_ref,
         "safe_score": masked_mean(score, safe),
@@ -242,7 +242,7 @@ def main() -> None:
         return -log_prob(mean, actions[steps]).mean()
 
     optimizer = torch.optim.Adam(parameters.values(), lr=args.bc_lr, fused=True)
-    for step in range(1, args.bc_steps + 1):
+    for step in run.steps("bc", 1, args.bc_steps, parameters, generators, optimizer=optimizer):
         batch = draw(num_pairs * 2 * length, args.bc_batch_size, args.bc_batch_size)
         loss = torch.vmap(bc_loss)(parameters, starts, *batch)  # [S]
         optimizer.zero_grad()
@@ -279,7 +279,9 @@ def main() -> None:
     nu_init, nu_lr = modules[args.objective]
     nu = nu_init * (weight.sum((2, 3)) > 0)  # [S, K]; 0 where all segments are safe
     optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-    for step in range(args.bc_steps + 1, args.bc_steps + args.steps + 1):
+    others = {"optimizer": optimizer, "nu": nu}
+    first, last = args.bc_steps + 1, args.bc_steps + args.steps
+    for step in run.steps("align", first, last, parameters, generators, **others):
         # 1. draw a batch of pairs for each seed
         batch = draw(num_pairs, args.batch_size, args.batch_size * 2 * length)
         # 2. the Lagrangian of every run, eq. 15
@@ -290,7 +292,7 @@ def main() -> None:
         loss.sum().backward()
         optimizer.step()
         # 4. nu ascends, and stays non-negative
-        nu = (nu + nu_lr * metrics["violation"]).clamp(min=0)  # eq. 14
+        nu.copy_((nu + nu_lr * metrics["violation"]).clamp(min=0))  # eq. 14
         run.log("align", step, metrics)
         run.evaluate("align", step, parameters)
     final = {"nu": nu, "constraint_met": run.last["violation"] <= 0}  # the last row's mean

@@ -24,7 +24,7 @@ as they are; unlike Dai et al.'s, the cost model is told kappa, by the labels' t
 rewards have no scale: standardised, the return to aim at is a high quantile among trajectories with
 a learned cost within kappa. Acting, too, the policy counts what its models say, not the truth.
 
-Labels depend on kappa, so everything is trained for each seed x cost limit, along a leading axis R.
+Labels depend on kappa: everything is trained for each seed x cost limit, along a leading axis R.
 """
 
 import math
@@ -274,9 +274,8 @@ def model_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses and accuracies of both models, [R] each, on segments' sums of preferred and rejected.
 
-    reward and cost are [R, B, 2]; labels has_preference [R, B], safe_label [R, B, 2] and direction
-    [R, B], +1 where the preferred one costs more, -1 less, 0 neither; sharpness k and threshold
-    kappa L / T_max are [R].
+    reward and cost are [R, B, 2]; labels has_preference [R, B], safe_label [R, B, 2], direction
+    [R, B], +1 where the preferred one costs more, -1 less; sharpness [R]; threshold [R], kappa L/T.
     """
     has_preference, safe_label, direction = labels
     k, excess = sharpness[:, None], (cost - threshold[:, None, None]).flatten(1)
@@ -335,7 +334,6 @@ def main() -> None:
     # ---- stage one: reward and cost models
     models = stacked([init_models(s, task, k, args.model_width) for s in seeds for k in limits])
     threshold = torch.tensor(limits, device=device).repeat(len(seeds)) * segment / task.horizon
-
     each = torch.arange(len(starts), device=device)[:, None]  # [R, 1]
 
     def score(pairs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -346,10 +344,10 @@ def main() -> None:
         known = tuple(x[each, pairs] for x in labels)
         return model_loss(reward, cost, known, models["sharpness"].exp().flatten(), threshold)
 
-    slow = [p for name, p in models.items() if name != "sharpness"]
-    groups = [{"params": slow}, {"params": [models["sharpness"]], "lr": 1e-2}]
+    groups = [{"params": [p for name, p in models.items() if name != "sharpness"]}]
+    groups += [{"params": [models["sharpness"]], "lr": 1e-2}]  # one number: it may move faster
     optimizer = torch.optim.Adam(groups, lr=args.model_lr, fused=True)
-    for step in range(1, args.model_steps + 1):
+    for step in run.steps("models", 1, args.model_steps, models, generators, optimizer=optimizer):
         shape = (args.model_batch_size,)
         drawn = [torch.randint(trained, shape, generator=g, device=device) for g in generators]
         loss, metrics = score(each_run(drawn))
@@ -367,8 +365,8 @@ def main() -> None:
         parts = [predict(models, *(x.expand(len(starts), -1, -1) for x in c)) for c in chunks]
         rewards, costs = (torch.cat(x, 1).double() for x in zip(*parts, strict=True))  # [R, N]
         centre, width = rewards.mean(1), rewards.std(1) + 1e-6
-        rewards = ((rewards - centre[:, None]) / width[:, None]).cpu().numpy()
-        costs = costs.cpu().numpy()
+        rewards = (rewards - centre[:, None]) / width[:, None]
+        rewards, costs = rewards.cpu().numpy(), costs.cpu().numpy()
         total_cost = np.add.reduceat(costs, dataset.episode_starts, 1)  # [R, E]
         total_reward = np.add.reduceat(rewards, dataset.episode_starts, 1)
     kappa, true = np.tile(limits, len(seeds)), dataset.episode_costs  # [R], [E]
@@ -409,7 +407,9 @@ def main() -> None:
 
     policy = {n: p.unflatten(0, (len(seeds), -1)) for n, p in (parameters | known).items()}
     shape = (1 + 2 * args.layers, args.batch_size * 4 * args.context, args.width)
-    for step in range(args.model_steps + 1, args.model_steps + args.steps + 1):
+    others = {"optimizer": optimizer, "rise": rise, "log_temperature": log_temperature}
+    first, last = args.model_steps + 1, args.model_steps + args.steps
+    for step in run.steps("cdt", first, last, parameters, generators, **others):
         # 1. draw sequences of K steps, some running beyond their episode's end
         masks = each_run([dropout_masks(shape, args.dropout, g) for g in generators])
         numbers = [torch.rand(2, args.batch_size, generator=g, device=device) for g in generators]

@@ -63,6 +63,10 @@ class OutputArgs:
     """auto (a GPU where there is one) | cpu | cuda"""
     output_dir: Path = Path("runs")
     """the run's folder is made under it: <algorithm>/<task>/<time>"""
+    checkpoint_every: int = 1_000
+    """steps between checkpoints, that --resume goes on from"""
+    resume: Path | None = None
+    """folder of a run that was cut off: go on with it, under the flags it was started with"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline works)"""
 

@@ -30,15 +30,23 @@ class TrainingError(Exception):
 def parse_args(args_class: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
     """Read ``args_class``, a dataclass, from the command line (or from ``argv``).
 
-    tyro explains a bad flag in a box of several lines; here it becomes one.
+    tyro explains a bad flag in a box of several lines; here it becomes one. Where a run is resumed,
+    the flags are those that it was started with.
 
     Raises:
-        UserError: a flag is unknown or its value has the wrong type.
+        UserError: a flag is unknown or its value has the wrong type, or there is no run to resume.
     """
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(args_class, args=argv)
+            args = tyro.cli(args_class, args=argv)
+        folder = getattr(args, "resume", None)
+        if folder is None:
+            return args
+        if len(sys.argv if argv is None else ["", *argv]) > 3:
+            raise UserError("--resume: give it alone; the run goes on under its own flags")
+        started_with = load_checkpoint(folder)["argv"]
+        return dataclasses.replace(parse_args(args_class, started_with), resume=folder)
     except SystemExit as stop:
         if stop.code in (None, 0):  # --help
             raise
@@ -50,6 +58,24 @@ def parse_args(args_class: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
         said = re.sub(r"\s*(Argument helptext:|\S+ --help$).*", "", " ".join(lines))
         said = re.sub(r"(Perhaps you meant: (--\S+)).*", r"\1", said)
         raise UserError(said.rstrip(".") + "; --help lists every flag") from None
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """What a run that was cut off has left in its folder.
+
+    Raises:
+        UserError: nothing, or nothing that can be read.
+    """
+    path = folder / "checkpoint.pt"
+    try:
+        return dict(torch.load(path, weights_only=True))
+    except FileNotFoundError:
+        raise UserError(
+            f"--resume {folder}: there is no checkpoint.pt in it; give the folder of a run that "
+            "was cut off after its first checkpoint and is not finished"
+        ) from None
+    except Exception:  # what unpickling a damaged file raises is anyone's guess
+        raise UserError(f"--resume {folder}: its checkpoint.pt cannot be read") from None
 
 
 def check_numbers(

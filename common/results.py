@@ -5,10 +5,10 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cli import TrainingError, UserError, get_device, progress_bar, whole_file
+from common.cli import (
+    TrainingError,
+    UserError,
+    get_device,
+    load_checkpoint,
+    progress_bar,
+    whole_file,
+)
 from common.dataset import Dataset, reward_range
 from common.evaluation import ROOT, Evaluator, Scores, mean_scores, summary
 from common.feedback import Feedback
@@ -89,12 +96,20 @@ class Run:
             self.evaluator = Evaluator(
                 task, self.script, args.eval_episodes, policies, self.reward_range
             )
-        self.folder = _make_folder(args.output_dir / self.algorithm / task.name)
+        self.argv = sys.argv[1:]
+        self.checkpoint: dict[str, Any] | None = None  # of the run that is resumed
+        if args.resume is None:
+            self.folder = _make_folder(args.output_dir / self.algorithm / task.name)
+        else:
+            self.folder, self.checkpoint = args.resume, load_checkpoint(args.resume)
+            self._check_it_is_the_same()
         self.tracker = _start_wandb(self) if args.track else None
-        write_json(
-            self.folder / "config.json",
-            {"algorithm": self.algorithm, "data": dataset.provenance, **self.config},
-        )
+        if self.checkpoint is None:
+            write_json(
+                self.folder / "config.json",
+                {"algorithm": self.algorithm, "data": dataset.provenance, **self.config},
+            )
+        self.done: dict[str, dict[str, Tensor]] = {}  # the parameters that finished stages left
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
         self.columns: list[str] = []
         self.curve: list[tuple[int, np.ndarray, np.ndarray]] = []  # step, reward, cost [S, K]
@@ -104,6 +119,98 @@ class Run:
         self.shown: dict[str, str] = {}
         self.scores: Scores | None = None
         self.bar = progress_bar(total=total_steps, unit="step", leave=False)
+        if self.checkpoint is not None:
+            held = self.checkpoint
+            self.argv, self.done, self.rows = held["argv"], held["done"], held["rows"]
+            self.curve = [(step, *(x.numpy() for x in scores)) for step, *scores in held["curve"]]
+            self.last = {name: x.numpy() for name, x in held["last"].items()}
+            self.started -= held["seconds"]
+            self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
+            self._write_all()  # without what was logged after the checkpoint
+            self.bar.update(held["step"])
+
+    def _check_it_is_the_same(self) -> None:
+        """Whether what is resumed is of this script and this data."""
+        held, where = self.checkpoint, f"--resume {self.folder}"
+        if held["script"] != self.script:
+            raise UserError(f"{where}: is a run of {held['script']}, not of {self.script}")
+        if held["dataset_sha256"] != self.dataset.sha256:
+            raise UserError(f"{where}: its data {self.dataset.path} is no longer the file it was")
+
+    def steps(
+        self,
+        stage: str,
+        first: int,
+        last: int,
+        parameters: dict[str, Tensor],
+        generators: list[torch.Generator],
+        **others: Any,
+    ) -> Iterator[int]:
+        """The steps of a stage, ``first`` to ``last``; a resumed run yields those that are left.
+
+        Between two steps a checkpoint is written where one is due. On a CPU a run that was cut off
+        and resumed ends as one left alone, to the last bit.
+
+        Args:
+            stage: name of the stage.
+            first: its first step, counted from the start of the run.
+            last: its last one.
+            parameters: changed in place, by the steps and when they are restored.
+            generators: all that the steps draw from.
+            others: what else changes from step to step: tensors, changed in place, or whatever has
+                a ``state_dict``.
+        """
+        held = self.checkpoint
+        if held is not None and stage in held["done"]:  # a later stage was under way
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    p.copy_(held["done"][stage][name])
+            return
+        if held is not None and held["stage"] == stage:
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    p.copy_(held["parameters"][name])
+                for name, x in others.items():
+                    if isinstance(x, Tensor):
+                        x.copy_(held["others"][name])
+                    else:
+                        x.load_state_dict(held["others"][name])
+            for generator, state in zip(generators, held["generators"], strict=True):
+                generator.set_state(state)
+            first, self.checkpoint = held["step"] + 1, None
+        saved = first - 1
+        for step in range(first, last + 1):
+            yield step
+            due = step - saved >= self.args.checkpoint_every and step < self.total_steps
+            if due and not self.pending:  # what is pending is not kept
+                self._save_checkpoint(stage, step, parameters, generators, others)
+                saved = step
+        self.done[stage] = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def _save_checkpoint(
+        self, stage: str, step: int, parameters: dict, generators: list, others: dict
+    ) -> None:
+        """Write checkpoint.pt, loadable with weights_only, in place of the one before."""
+        held = {
+            "script": self.script,
+            "dataset_sha256": self.dataset.sha256,
+            "argv": self.argv,
+            "stage": stage,
+            "step": step,
+            "done": self.done,
+            "parameters": {name: p.detach() for name, p in parameters.items()},
+            "others": {
+                name: x.detach() if isinstance(x, Tensor) else x.state_dict()
+                for name, x in others.items()
+            },
+            "generators": [generator.get_state() for generator in generators],
+            "rows": self.rows,
+            "curve": [(step, *map(torch.from_numpy, scores)) for step, *scores in self.curve],
+            "last": {name: torch.from_numpy(x) for name, x in self.last.items()},
+            "seconds": time.time() - self.started,
+        }
+        with whole_file(self.folder / "checkpoint.pt") as part:
+            torch.save(held, part)
 
     def log(self, stage: str, step: int, metrics: dict[str, Tensor]) -> None:
         """Take the metrics of one step; every ``log_every`` steps, write their means.
@@ -200,6 +307,7 @@ class Run:
             self._draw(stage_ends)
         print(f"{self.folder}/: config.json metrics.csv results.json policy.pt", end="")
         print(" curves.png" if self.curve else "")
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         self._end()
         print(summary(results))
 
@@ -251,16 +359,18 @@ class Run:
     def _append(self, count: int) -> None:
         """Append the last rows to metrics.csv; a new column has the file written anew."""
         columns = list(dict.fromkeys([*self.columns, *self.rows[-1]]))
-        path = self.folder / "metrics.csv"
-        part = path if columns == self.columns else path.with_name("metrics.csv.part")
-        with open(part, "a" if part == path else "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            if part != path:
-                writer.writeheader()
-            writer.writerows(self.rows[-count:] if part == path else self.rows)
-        if part != path:
-            os.replace(part, path)
-        self.columns = columns
+        if columns != self.columns:
+            self.columns = columns
+            self._write_all()
+            return
+        with open(self.folder / "metrics.csv", "a", newline="") as file:
+            csv.DictWriter(file, columns).writerows(self.rows[-count:])
+
+    def _write_all(self) -> None:
+        with whole_file(self.folder / "metrics.csv") as part, open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
 
     def _end(self) -> None:
         self.bar.close()

@@ -27,6 +27,7 @@ from algorithms import (
 from common import evaluation
 from common.dataset import file_sha256
 from common.evaluation import _episode_seed, play
+from common.results import Run
 from common.tasks import get_task
 from tests.conftest import real_gymnasium
 
@@ -172,6 +173,87 @@ def test_every_flag_has_its_line_of_help(name):
             if isinstance(field, ast.AnnAssign):
                 said = ast.literal_eval(below.value)
                 assert len(said.split()) >= 4 and "\n" not in said, field.target.id
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [("presa", 35), ("presa", 115), *((name, 80) for name in SCRIPTS if name != "presa")],
+)
+def test_a_run_cut_off_and_resumed_ends_in_the_same_last_bit(
+    name, cut, two_armed, tmp_path, run_script, monkeypatch
+):
+    """Cut off at a step of either stage, after a checkpoint and before the next."""
+    fields = SCRIPTS[name].Args.__dataclass_fields__
+    flags = f"--data {two_armed} --seeds 0 1 --cost-limits 10 60 --batch-size 8 --steps 90 "
+    flags += "--checkpoint-every 30 --log-every 15 --eval-episodes 0 --device cpu "
+    flags += " ".join(f"--{f.replace('_', '-')} {v}" for f, v in SMALLER.items() if f in fields)
+    flags = flags.split()
+    code, _, error = run_script(SCRIPTS[name].main, *flags, "--output-dir", tmp_path / "whole")
+    assert code == 0, error
+    real = Run.log
+
+    def log(run, stage, step, metrics):
+        if step == cut:
+            raise KeyboardInterrupt
+        real(run, stage, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log)
+        code, _, _ = run_script(SCRIPTS[name].main, *flags, "--output-dir", tmp_path / "cut")
+    assert code == 130
+    whole, part = (next((tmp_path / x / name / "BallRun").iterdir()) for x in ("whole", "cut"))
+    assert (part / "checkpoint.pt").exists() and not (part / "policy.pt").exists()
+    steps = []
+
+    def count(run, stage, step, metrics):
+        steps.append(step)
+        real(run, stage, step, metrics)
+
+    monkeypatch.setattr(Run, "log", count)
+    code, _, error = run_script(SCRIPTS[name].main, "--resume", part)
+    assert code == 0, error
+    two_stages = {"bc_steps", "model_steps"} & fields.keys()
+    assert steps[0] == {35: 31, 80: 76 if two_stages else 61, 115: 106}[cut], "not from the start"
+    assert {path.name for path in part.iterdir()} == {path.name for path in whole.iterdir()}
+    assert (part / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    first, second = (torch.load(x / "policy.pt", weights_only=True) for x in (whole, part))
+    for key, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][key]), key
+    held = [json.loads((x / "results.json").read_text())["runs"] for x in (whole, part)]
+    assert held[0] == held[1]
+    code, _, error = run_script(SCRIPTS[name].main, "--resume", part)
+    assert code == 2 and "no checkpoint.pt" in error, "a finished run is not resumed"
+
+
+def test_what_cannot_be_resumed(two_armed, tmp_path, run_script, monkeypatch):
+    flags = f"--data {two_armed} --steps 60 --bc-steps 40 --hidden-size 16 --log-every 10 "
+    flags += f"--checkpoint-every 10 --eval-episodes 0 --device cpu --output-dir {tmp_path}/out"
+    real = Run.log
+
+    def log(run, stage, step, metrics):
+        if step == 55:
+            raise KeyboardInterrupt
+        real(run, stage, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log)
+        run_script(presa.main, *flags.split())
+    (folder,) = (tmp_path / "out" / "presa" / "BallRun").iterdir()
+    cases = [
+        (presa.main, ["--resume", folder, "--lr", 1], "--resume: give it alone"),
+        (binary_alignment.main, ["--resume", folder], "is a run of algorithms/presa.py"),
+        (presa.main, ["--resume", tmp_path], "there is no checkpoint.pt"),
+    ]
+    for main, given, said in cases:
+        code, _, error = run_script(main, *given)
+        assert code == 2 and len(error.splitlines()) == 1 and said in error
+    with h5py.File(two_armed, "a") as file:
+        file["rewards"][0] = 7.0
+    code, _, error = run_script(presa.main, "--resume", folder)
+    assert code == 2 and "no longer the file it was" in error
+    (folder / "checkpoint.pt").write_bytes(b"half of it")
+    code, _, error = run_script(presa.main, "--resume", folder)
+    assert code == 2 and "cannot be read" in error
 
 
 def test_policy_loads_without_pickled_code(finished):
