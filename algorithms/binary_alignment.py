@@ -69,8 +69,8 @@ class Args(OutputArgs, FeedbackArgs):
     """steps of alignment (ours: PreSa's)"""
     lr: float = 3e-4
     """learning rate of alignment, Adam (ours: PreSa's)"""
-    batch_size: int = 32
-    """pairs a step of alignment (ours)"""
+    batch_size: int = 16
+    """pairs a step of alignment (measured)"""
     hidden_size: int = 256
     """units of each of the two hidden layers (paper, B.4)"""
     dropout: float = 0.25

@@ -94,8 +94,8 @@ class Args(OutputArgs, FeedbackArgs):
     """steps of alignment (measured)"""
     lr: float = 3e-4
     """learning rate of alignment, Adam (measured)"""
-    batch_size: int = 32
-    """pairs a step of alignment (ours)"""
+    batch_size: int = 16
+    """pairs a step of alignment (measured)"""
     hidden_size: int = 256
     """units of each of the two hidden layers (paper, B.4)"""
     dropout: float = 0.25
