@@ -616,10 +616,11 @@ def main() -> None:
         ) / total
         count = total
         last = iteration + 1 == learning
-        if last or (2 * iteration >= learning and iteration % remember_every == 0):
+        late = 2 * iteration >= learning and iteration % remember_every == 0
+        if learning < iterations and (last or late):
             relay.remember(experts, limit, mean, variance)
-        if last:
-            relay.start(environments, task.horizon)
+            if last:
+                relay.start(environments, task.horizon)
         show()
     bar.close()
     environments.close()

@@ -328,10 +328,12 @@ def get_target_returns(
             raise UserError(f"--target-returns: give {len(limits)} numbers, one for each limit")
         return asked
     known = RETURN_TARGETS.get(task.name) if dataset.source == "dsrl" else None
-    asked = dict(zip(task.cost_limits, known, strict=True)) if known else {}
-    within = {k: within_limit(dataset.episode_costs, k) for k in limits if k not in asked}
-    best = {k: float(dataset.returns[mask].max()) for k, mask in within.items()}
-    return tuple((asked | best)[limit] for limit in limits)
+    targets = dict(zip(task.cost_limits, known, strict=True)) if known else {}
+    for limit in limits:
+        if limit not in targets:
+            within = within_limit(dataset.episode_costs, limit)
+            targets[limit] = float(dataset.returns[within].max())
+    return tuple(targets[limit] for limit in limits)
 
 
 def within_limit(costs: np.ndarray, limit: float, whose: str = "") -> np.ndarray:

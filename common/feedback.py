@@ -31,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.args import TaskArgs
 from common.cli import (
     UserError,
     check_numbers,
@@ -394,21 +395,11 @@ def _say_what_labels_tell(feedback: Feedback) -> None:
 
 
 @dataclass
-class Args:
-    """Make a feedback file from a dataset's rewards and costs."""
+class Args(TaskArgs):
+    """Make a feedback file from a dataset's rewards and costs; a set of pairs for each seed."""
 
-    task: str = "BallRun"
-    """name of the task"""
-    data: str = "auto"
-    """auto (DSRL's own, else bundled) | dsrl | bundled | path of an HDF5 file in DSRL's format"""
-    env_id: str | None = None
-    """your own environment in place of the task: the file --data is of it"""
     output: Path = Path("feedback.npz")
     """the file to write"""
-    seeds: tuple[int, ...] = (0,)
-    """a set of pairs is drawn for each"""
-    cost_limits: tuple[float, ...] | None = None
-    """kappa, summed cost of an episode; default: the suite's three (DSRL)"""
     segment_length: int | None = None
     """L, steps; default: the task's"""
     num_pairs: int = 10_000

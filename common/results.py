@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -380,10 +381,7 @@ class Run:
             self.tracker.finish()
 
     def _draw(self, stage_ends: int) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        plt = _pyplot()
 
         steps = [step for step, _, _ in self.curve]
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
@@ -413,6 +411,16 @@ class Run:
         plt.close(figure)
 
 
+def _pyplot() -> ModuleType:
+    """Matplotlib, drawing to files alone; it is slow to import, so only where something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def save_scatter(path: Path, true: np.ndarray, learned: np.ndarray, limits: list[float]) -> None:
     """Draw what models say episodes cost, [R, E], against what they do, [E]; one panel a limit.
 
@@ -422,10 +430,7 @@ def save_scatter(path: Path, true: np.ndarray, learned: np.ndarray, limits: list
         learned: the same as the models of S seeds x K limits have it, seed by seed.
         limits: the K cost limits.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     count = len(limits)
     figure, axes = plt.subplots(

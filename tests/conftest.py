@@ -1,12 +1,15 @@
 """Datasets small enough to know by heart, and a way to run a script as a user does."""
 
 import contextlib
+import csv
+import json
 import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from common import simulators
 from common.cli import run_main
@@ -82,5 +85,24 @@ def run_script(monkeypatch, capsys):
             code = stop.code
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def run_of(tmp_path, run_script):
+    """Train with a script, unevaluated: rows of metrics.csv, results, what policy.pt holds."""
+
+    def run(module, data: Path, *flags: object) -> tuple[list[dict], dict, dict]:
+        name = module.__name__.rpartition(".")[2]
+        out = tmp_path / f"runs{len(list(tmp_path.iterdir()))}"
+        where = f"--data {data} --output-dir {out} --eval-episodes 0 --device cpu"
+        code, _, stderr = run_script(module.main, *where.split(), *flags)
+        assert code == 0, stderr
+        (folder,) = (out / name / "BallRun").iterdir()
+        with open(folder / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        results = json.loads((folder / "results.json").read_text())
+        return rows, results, torch.load(folder / "policy.pt", weights_only=True)
 
     return run

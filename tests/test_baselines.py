@@ -1,9 +1,7 @@
 """The imitation and alignment baselines on data where the right answer is known."""
 
-import csv
 import inspect
 import itertools
-import json
 
 import h5py
 import numpy as np
@@ -33,26 +31,15 @@ def name_of(module):
 
 
 @pytest.fixture
-def train(two_armed, tmp_path, run_script):
+def train(two_armed, run_of):
     """Train on the two-armed data: rows of metrics.csv, results, parameters."""
 
-    def run(module, *flags, data=two_armed):
-        out = tmp_path / f"runs{len(list(tmp_path.iterdir()))}"
+    def run(module, *flags):
         small = "--hidden-size 32 --lr 3e-3 --steps 300"
         if module in ALIGNMENT:
             small += " --num-pairs 500 --bc-steps 150 --bc-lr 3e-3"
-        code, _, stderr = run_script(
-            module.main,
-            *f"--data {data} --output-dir {out} --eval-episodes 0 --device cpu".split(),
-            *small.split(),
-            *flags,
-        )
-        assert code == 0, stderr
-        (folder,) = (out / name_of(module) / "BallRun").iterdir()
-        saved = torch.load(folder / "policy.pt", weights_only=True)
-        with open(folder / "metrics.csv") as file:
-            rows = list(csv.DictReader(file))
-        return rows, json.loads((folder / "results.json").read_text()), saved["parameters"]
+        rows, results, saved = run_of(module, two_armed, *small.split(), *flags)
+        return rows, results, saved["parameters"]
 
     return run
 

@@ -1,7 +1,5 @@
 """CDT: causality, padding, the augmentation, the bookkeeping of what is still to come."""
 
-import csv
-import json
 import math
 from types import SimpleNamespace
 
@@ -342,24 +340,9 @@ def test_bookkeeping_of_an_episode_against_a_rollout_by_hand(model, monkeypatch)
 
 
 @pytest.fixture
-def train(two_armed, tmp_path, run_script):
-    def run(*flags):
-        out = tmp_path / f"runs{len(list(tmp_path.iterdir()))}"
-        small = "--width 32 --layers 1 --heads 2 --batch-size 32 --lr 1e-3 --warmup 20 --steps 60"
-        code, _, stderr = run_script(
-            cdt.main,
-            *f"--data {two_armed} --output-dir {out} --eval-episodes 0 --device cpu".split(),
-            *f"{small} --log-every 10".split(),
-            *flags,
-        )
-        assert code == 0, stderr
-        (folder,) = (out / "cdt" / "BallRun").iterdir()
-        with open(folder / "metrics.csv") as file:
-            rows = list(csv.DictReader(file))
-        saved = torch.load(folder / "policy.pt", weights_only=True)
-        return rows, json.loads((folder / "results.json").read_text()), saved
-
-    return run
+def train(two_armed, run_of):
+    small = "--width 32 --layers 1 --heads 2 --batch-size 32 --lr 1e-3 --warmup 20 --steps 60"
+    return lambda *flags: run_of(cdt, two_armed, *f"{small} --log-every 10".split(), *flags)
 
 
 def test_updates_lower_the_loss(train):

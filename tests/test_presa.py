@@ -1,7 +1,6 @@
 """PreSa's mathematics against plain NumPy, and its training on a problem with a known answer."""
 
 import csv
-import json
 import math
 
 import numpy as np
@@ -259,27 +258,16 @@ def test_load_policy_is_the_policy_without_dropout():
 
 
 @pytest.fixture
-def train(two_armed, tmp_path, run_script):
+def train(two_armed, run_of):
     """Train on the two-armed data: rows of metrics.csv, results, the first run's mean action."""
 
     def run(*flags):
-        out = tmp_path / f"runs{len(list(tmp_path.iterdir()))}"
         small = "--num-pairs 500 --bc-steps 150 --steps 300 --hidden-size 32 --bc-lr 3e-3 --lr 3e-3"
-        code, _, stderr = run_script(
-            presa.main,
-            *f"--data {two_armed} --output-dir {out} --eval-episodes 0 --device cpu".split(),
-            *small.split(),
-            *flags,
-        )
-        assert code == 0, stderr
-        (folder,) = (out / "presa" / "BallRun").iterdir()
-        saved = torch.load(folder / "policy.pt", weights_only=True)
+        rows, results, saved = run_of(presa, two_armed, *small.split(), *flags)
         first = {name: p[0, 0] for name, p in saved["parameters"].items()}
         observation = np.random.default_rng(1).normal(size=(500, 7)).astype(np.float32)
         action = presa.load_policy({}, first)(observation).mean(0)
-        with open(folder / "metrics.csv") as file:
-            rows = list(csv.DictReader(file))
-        return rows, json.loads((folder / "results.json").read_text()), action, saved
+        return rows, results, action, saved
 
     return run
 

@@ -1,8 +1,6 @@
 """Safe-RLHF (CDT): reward and cost models recover what they were told about, and CDT uses them."""
 
-import csv
 import inspect
-import json
 import math
 
 import numpy as np
@@ -115,22 +113,12 @@ SMALL = (
 
 
 @pytest.fixture
-def train(tmp_path, run_script):
+def train(tmp_path, run_of):
     def run(data, *flags):
-        out = tmp_path / f"runs{len(list(tmp_path.iterdir()))}"
-        code, _, stderr = run_script(
-            safe_rlhf_cdt.main,
-            *f"--data {data} --output-dir {out} --eval-episodes 0 --device cpu".split(),
-            *SMALL.split(),
-            *flags,
-        )
-        assert code == 0, stderr
-        (folder,) = (out / "safe_rlhf_cdt" / "BallRun").iterdir()
-        assert (folder / "calibration.png").stat().st_size > 1000
-        with open(folder / "metrics.csv") as file:
-            rows = list(csv.DictReader(file))
-        saved = torch.load(folder / "policy.pt", weights_only=True)
-        return rows, json.loads((folder / "results.json").read_text()), saved
+        trained = run_of(safe_rlhf_cdt, data, *SMALL.split(), *flags)
+        pictures = list(tmp_path.glob("runs*/safe_rlhf_cdt/BallRun/*/calibration.png"))
+        assert pictures and all(path.stat().st_size > 1000 for path in pictures)
+        return trained
 
     return run
 
