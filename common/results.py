@@ -412,7 +412,7 @@ class Run:
 
 
 def _pyplot() -> ModuleType:
-    """Matplotlib, drawing to files alone; it is slow to import, so only where something is drawn."""
+    """Matplotlib, drawing to files alone; slow to import, so only where something is drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
