@@ -92,7 +92,7 @@ class Args(OutputArgs, FeedbackArgs):
     """transitions a step of behaviour cloning (ours)"""
     steps: int = 3_000
     """steps of alignment (measured)"""
-    lr: float = 3e-4
+    lr: float = 1e-3
     """learning rate of alignment, Adam (measured)"""
     batch_size: int = 16
     """pairs a step of alignment (measured)"""
