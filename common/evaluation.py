@@ -10,7 +10,6 @@ its environments with one forward pass; what a unit holds does not depend on the
 workers, so neither do the numbers.
 """
 
-import contextlib
 import importlib.util
 import multiprocessing
 import os
@@ -32,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.cli import UserError, check_numbers, cpu_cores, parse_args, run_main
-from common.simulators import check_installed, import_gymnasium, make
+from common.simulators import check_installed, environments, import_gymnasium
 from common.tasks import Task, reference_returns
 
 EPISODES_PER_UNIT = 5
@@ -250,40 +249,35 @@ def play(task: Task, act: Act, seeds: list[int]) -> np.ndarray:
     """Play one episode a seed, all at the same time: summed rewards and costs, [2, len(seeds)].
 
     A Bullet environment ignores ``reset(seed=...)`` and draws from the global ``np.random``, only
-    while it resets, so that is seeded there. A used one also remembers: motor targets and contacts
-    outlive its reset, and the same seed then starts elsewhere. So every episode has an environment
-    of its own.
+    while it resets, so that is seeded there.
 
     A policy with a method ``observe`` is told each step's rewards and costs, [len(seeds)] each (0
     where an episode has ended).
     """
     low, high = np.float32(task.action_low), np.float32(task.action_high)
     centre, half = (low + high) / 2, (high - low) / 2
-    rewards, costs = np.zeros(len(seeds)), np.zeros(len(seeds))
+    played = np.zeros((2, len(seeds)))
     observe = getattr(act, "observe", None)
-    with contextlib.ExitStack() as stack:
-        envs = [make(task.env_id) for _ in seeds]
+    with torch.inference_mode(), environments(task.env_id, len(seeds)) as envs:
         observations = []
         for env, seed in zip(envs, seeds, strict=True):
-            stack.callback(env.close)
             np.random.seed(seed)
             observations.append(env.reset(seed=seed)[0])
         running = list(range(len(envs)))
         while running:
             # Finished episodes stay in the batch: the pass keeps its shape, hence its rounding.
             actions = act(np.asarray(observations, np.float32))
-            actions = np.clip(centre + half * actions, low, high)  # exact where the box is [-1, 1]
+            actions = (centre + half * actions).clip(low, high)  # exact where the box is [-1, 1]
             brought = np.zeros((2, len(envs)))
             for i in tuple(running):
                 observations[i], reward, terminated, truncated, info = envs[i].step(actions[i])
-                brought[:, i] = reward, info["cost"]
+                brought[0, i], brought[1, i] = reward, info["cost"]
                 if terminated or truncated:
                     running.remove(i)
-            rewards += brought[0]
-            costs += brought[1]
+            played += brought
             if observe is not None:
                 observe(*brought)
-    return np.stack((rewards, costs))
+    return played
 
 
 @dataclass

@@ -134,3 +134,47 @@ def make(env_id: str) -> Any:
             f"--env-id {env_id}: the module {missing} cannot be imported; give "
             "module:EnvName-v0, with the module in this folder or on PYTHONPATH"
         ) from None
+
+
+_kept: dict[str, list[Any]] = {}  # Bullet environments that wait for another episode
+
+
+@contextlib.contextmanager
+def environments(env_id: str, count: int) -> Iterator[list[Any]]:
+    """Environments to play one episode each, which goes as in ones just made, to the last bit.
+
+    Making a Bullet environment takes up to 0.2 s, so those are kept and brought back. Others are
+    made anew: it takes milliseconds, and a used one of SafetyGym's may round differently.
+    """
+    kept = _kept.setdefault(env_id, [])
+    envs = [kept.pop() if kept else _made(env_id) for _ in range(count)]
+    try:
+        yield envs
+    finally:
+        for env in envs:
+            if _is_bullet(env):
+                _bring_back(env.unwrapped)
+                kept.append(env)
+            else:
+                env.close()
+
+
+def _is_bullet(env: Any) -> bool:
+    from bullet_safety_gym.envs.builder import EnvironmentBuilder
+
+    return isinstance(env.unwrapped, EnvironmentBuilder)
+
+
+def _made(env_id: str) -> Any:
+    env = make(env_id)
+    if _is_bullet(env):  # its reset restores this state; by default, what its first reset led to
+        env.unwrapped.stored_state_id = env.unwrapped.bc.saveState()
+    return env
+
+
+def _bring_back(env: Any) -> None:
+    """Undo what a Bullet environment remembers beyond its reset: motors' targets and contacts."""
+    for joint in env.agent.joint_list:
+        joint.disable_motor()
+    env.agent.set_position((0, 0, 1000))  # far from all that it could touch
+    env.bc.performCollisionDetection()

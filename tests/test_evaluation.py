@@ -15,7 +15,8 @@ import torch
 from algorithms import presa
 from common import evaluation
 from common.evaluation import Evaluator, Scores, play
-from common.tasks import get_task
+from common.simulators import environments, make
+from common.tasks import TASKS, get_task
 from tests.conftest import real_gymnasium
 
 TASK = get_task("BallRun")
@@ -44,7 +45,8 @@ def test_workers_end_with_a_script_that_is_killed(tmp_path):
     program = f"""if True:
         import signal
         from common.evaluation import Evaluator
-        from common.tasks import get_task
+        from common.simulators import environments, make
+from common.tasks import TASKS, get_task
         if __name__ == "__main__":
             pool = Evaluator(get_task("BallRun"), "{SCRIPT}", 1, 1, (0, 1)).pool
             print(*pool._processes, flush=True)
@@ -98,6 +100,45 @@ def test_play_equals_a_plain_rollout_of_each_episode(name):
         expected = np.stack([plain_rollout(gymnasium, task, act, seed) for seed in seeds], 1)
         np.testing.assert_array_equal(play(task, act, seeds), expected)
         np.testing.assert_array_equal(play(task, act, seeds[::-1]), expected[:, ::-1])
+
+
+def trace(env, task, seed, steps, push):
+    """All that an episode shows, its actions drawn; ``push`` of 9 has most of them at the box."""
+    rng = np.random.default_rng(seed)
+    np.random.seed(seed)
+    seen = [env.reset(seed=seed)[0]]
+    for _ in range(steps):
+        action = np.float32(push * rng.uniform(-1, 1, task.action_dim)).clip(-1, 1)
+        observation, reward, terminated, truncated, info = env.step(action)
+        seen.append(np.append(observation, (reward, info["cost"])))
+        if terminated or truncated:
+            break
+    return seen
+
+
+@pytest.mark.parametrize("name", [n for n, task in TASKS.items() if task.suite == "Bullet"])
+def test_a_used_environment_plays_as_one_just_made(name):
+    """To the last bit, after whole and aborted episodes of gentle and of extreme actions."""
+    task, histories = get_task(name), ((1, 1), (9, 1), (9, 0.3), (0.2, 0.1), (1, 0.02))
+    with real_gymnasium():
+        expected = []
+        for seed in (0, 1):
+            fresh = make(task.env_id)
+            expected.append(trace(fresh, task, seed, task.horizon, push=1))
+            fresh.close()
+        used = set()
+        for push, share in histories:
+            for seed in (0, 1):
+                with environments(task.env_id, 1) as (env,):
+                    used.add(id(env))
+                    trace(env, task, 7 + seed, round(share * task.horizon), push)
+                with environments(task.env_id, 1) as (env,):
+                    used.add(id(env))
+                    seen = trace(env, task, seed, task.horizon, push=1)
+                assert len(seen) == len(expected[seed])
+                for x, y in zip(seen, expected[seed], strict=True):
+                    np.testing.assert_array_equal(x, y)
+        assert len(used) == 1, "the same one all along"
 
 
 def test_normalised_scores():
