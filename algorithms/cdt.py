@@ -144,7 +144,12 @@ def norm(p: Parameters, name: str, x: Tensor) -> Tensor:
 
 
 def transformer(
-    p: Parameters, heads: int, tokens: tuple[Tensor, ...], time: Tensor, masks: Tensor | None = None
+    p: Parameters,
+    heads: int,
+    tokens: tuple[Tensor, ...],
+    time: Tensor,
+    masks: Tensor | None = None,
+    latest: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each step's action is likely to be, and whether the step costs.
 
@@ -153,7 +158,8 @@ def transformer(
 
     tokens are return_to_go, cost_to_go, observation, action, [S, B, K, .] each; time is the step of
     the episode, [S, B, K]; masks of dropout [S, 1 + 2 layers, B * 4K, width], or none. Returns mean
-    and log of the deviation of the action [S, B, K, .] and the logit of the cost [S, B, K].
+    and log of the deviation of the action [S, B, K, .] and the logit of the cost [S, B, K]. If only
+    the latest step is asked for, to act, it is all that leaves the last block, and K is 1.
     """
     s, b, k = time.shape
     width, layers = p["embed_time"].shape[-1], sum(name.startswith("qkv") for name in p) // 2
@@ -167,11 +173,15 @@ def transformer(
     x = torch.stack(parts, 2).view(s, b * k * 4, width)  # R_1 C_1 s_1 a_1 R_2 ...
     drop = [1.0] * (1 + 2 * layers) if masks is None else masks.unbind(1)
     x = norm(p, "embed", x) * drop[0]
+    sees = torch.ones(k * 4, k * 4, dtype=torch.bool, device=x.device).tril()  # what came before
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):  # the blocks alone
         for i in range(layers):
             qkv = linear(p, f"qkv{i}", norm(p, f"a{i}", x)).view(s * b, k * 4, 3, heads, -1)
             query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [S*B, heads, 4K, width/heads] each
-            seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            if latest and i == layers - 1:
+                x, k = x.view(s, b, -1, width)[:, :, -4:].flatten(1, 2), 1
+                query, sees = query[:, :, -4:], sees[-4:]
+            seen = F.scaled_dot_product_attention(query, key, value, sees)
             seen = seen.transpose(1, 2).reshape(s, b * k * 4, width)
             x = x + linear(p, f"project{i}", seen) * drop[1 + 2 * i]
             hidden = F.gelu(linear(p, f"up{i}", norm(p, f"b{i}", x)))
@@ -356,7 +366,7 @@ class Actor:
         time = torch.arange(self.time + 1 - len(self.history), self.time + 1)
         time = time.expand(1, len(observation), -1)
         with torch.no_grad():
-            mean = transformer(self.parameters, self.heads, tokens, time)[0][0, :, -1]
+            mean = transformer(self.parameters, self.heads, tokens, time, latest=True)[0][0, :, 0]
         self.history[-1][3] = mean.clamp(-1, 1)
         self.time += 1
         return mean.numpy()
