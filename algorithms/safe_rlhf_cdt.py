@@ -141,7 +141,8 @@ def linear(p: Parameters, name: str, x: Tensor) -> Tensor:
 
 def norm(p: Parameters, name: str, x: Tensor) -> Tensor:
     """Layer norm over the last axis of [S, N, width]."""
-    return F.layer_norm(x, x.shape[-1:]) * p[f"norm_{name}"] + p[f"norm_{name}_bias"]
+    normed = F.layer_norm(x, x.shape[-1:])
+    return torch.addcmul(p[f"norm_{name}_bias"], normed, p[f"norm_{name}"])
 
 
 def transformer(
@@ -150,7 +151,7 @@ def transformer(
     tokens: tuple[Tensor, ...],
     time: Tensor,
     masks: Tensor | None = None,
-    latest: bool = False,
+    last: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each step's action is likely to be, and whether the step costs.
 
@@ -159,8 +160,8 @@ def transformer(
 
     tokens are return_to_go, cost_to_go, observation, action, [S, B, K, .] each; time is the step of
     the episode, [S, B, K]; masks of dropout [S, 1 + 2 layers, B * 4K, width], or none. Returns mean
-    and log of the deviation of the action [S, B, K, .] and the logit of the cost [S, B, K]. If only
-    the latest step is asked for, to act, it is all that leaves the last block, and K is 1.
+    and log of the deviation of the action [S, B, K, .] and the logit of the cost [S, B, K]. Where
+    only the last steps are asked for (to act, 1), K is their number.
     """
     s, b, k = time.shape
     width, layers = p["embed_time"].shape[-1], sum(name.startswith("qkv") for name in p) // 2
@@ -172,23 +173,25 @@ def transformer(
         linear(p, name, x.flatten(1, 2)) + embedded for name, x in zip(names, tokens, strict=True)
     ]
     x = torch.stack(parts, 2).view(s, b * k * 4, width)  # R_1 C_1 s_1 a_1 R_2 ...
-    drop = [1.0] * (1 + 2 * layers) if masks is None else masks.unbind(1)
+    drop = [x.new_ones(1, 1, 1)] * (1 + 2 * layers) if masks is None else masks.unbind(1)
     x = norm(p, "embed", x) * drop[0]
     sees = torch.ones(k * 4, k * 4, dtype=torch.bool, device=x.device).tril()  # what came before
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):  # the blocks alone
         for i in range(layers):
             qkv = linear(p, f"qkv{i}", norm(p, f"a{i}", x)).view(s * b, k * 4, 3, heads, -1)
             query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [S*B, heads, 4K, width/heads] each
-            if latest and i == layers - 1:
-                x, k = x.view(s, b, -1, width)[:, :, -4:].flatten(1, 2), 1
-                query, sees = query[:, :, -4:], sees[-4:]
+            if i == layers - 1:  # of what leaves it, only states and actions are read
+                read = torch.arange(k * 4, device=x.device).view(k, 4)[-(last or k) :, 2:].flatten()
+                x, query, sees = x.view(s, b, k * 4, -1)[:, :, read], query[:, :, read], sees[read]
+                x = x.flatten(1, 2)
             seen = F.scaled_dot_product_attention(query, key, value, sees)
-            seen = seen.transpose(1, 2).reshape(s, b * k * 4, width)
-            x = x + linear(p, f"project{i}", seen) * drop[1 + 2 * i]
+            seen = seen.transpose(1, 2).reshape(x.shape)
+            rows = x.shape[1]
+            x = x.addcmul(linear(p, f"project{i}", seen), drop[1 + 2 * i][:, :rows])
             hidden = F.gelu(linear(p, f"up{i}", norm(p, f"b{i}", x)))
-            x = x + linear(p, f"down{i}", hidden) * drop[2 + 2 * i]
-    x = norm(p, "out", x).view(s, b * k, 4, width)
-    at_state, at_action = x[:, :, 2], x[:, :, 3]
+            x = x.addcmul(linear(p, f"down{i}", hidden), drop[2 + 2 * i][:, :rows])
+    k = last or k
+    at_state, at_action = norm(p, "out", x).view(s, b * k, 2, width).unbind(2)
     log_std = -1.5 + 3.5 * torch.tanh(linear(p, "log_std", at_state))  # in [-5, 2]
     mean, cost = linear(p, "mean", at_state), linear(p, "cost", at_action)
     return mean.view(s, b, k, -1), log_std.view(s, b, k, -1), cost.view(s, b, k)
@@ -473,7 +476,7 @@ class Actor:
         time = torch.arange(self.time + 1 - len(self.history), self.time + 1)
         time = time.expand(1, len(observation), -1)
         with torch.no_grad():
-            mean = transformer(self.parameters, self.heads, tokens, time, latest=True)[0][0, :, 0]
+            mean = transformer(self.parameters, self.heads, tokens, time, last=1)[0][0, :, 0]
             action = mean.clamp(-1, 1)
             reward, cost = predict(self.parameters, observation[None], action[None])
         centre, scale = self.parameters["moments"][0]

@@ -81,6 +81,14 @@ def test_padding_changes_nothing(model):
     torch.testing.assert_close(alone, loss(padded, tokens[3], costs, valid))
 
 
+def test_the_last_steps_alone_are_what_they_are_among_all(model):
+    tokens, time = batch()
+    everything = cdt.transformer(model, 4, tokens, time)
+    for n in (1, 2):
+        for x, y in zip(everything, cdt.transformer(model, 4, tokens, time, last=n), strict=True):
+            torch.testing.assert_close(x[:, :, -n:], y)
+
+
 def test_seeds_do_not_mix(model):
     tokens, time = batch()
     both = cdt.transformer(model, 4, tokens, time)
@@ -309,9 +317,9 @@ def test_bookkeeping_of_an_episode_against_a_rollout_by_hand(model, monkeypatch)
     seen = []
     real = cdt.transformer
 
-    def spy(p, heads, tokens, time, masks=None):
+    def spy(p, heads, tokens, time, **more):
         seen.append((tuple(x.clone() for x in tokens), time.clone()))
-        return real(p, heads, tokens, time, masks)
+        return real(p, heads, tokens, time, **more)
 
     monkeypatch.setattr(cdt, "transformer", spy)
     one = {name: p[0] for name, p in model.items()}
