@@ -110,10 +110,11 @@ class Args(OutputArgs, TaskArgs):
     """weight of the policy's entropy at the start; then it is learned (CDT)"""
 
 
-Parameters = dict[str, Tensor]  # by name, [S, ...]; those of a linear layer are [S, in, out]
+Params = dict[str, Tensor]  # by name, [S, ...]; those of a linear layer are [S, in, out]
+Tokens = tuple[Tensor, ...]  # returns- and costs-to-go, observations, actions, [S, B, K, .] each
 
 
-def init_parameters(seed: int, task: Task, args: Args) -> Parameters:
+def init_parameters(seed: int, task: Task, args: Args) -> Params:
     """One seed's parameters, as GPT's are initialised: normal, deviation 0.02."""
     generator, width = torch.Generator().manual_seed(seed), args.width
     shapes = {"embed_return": (1, width), "embed_cost": (1, width), "cost": (width, 1)}
@@ -133,44 +134,34 @@ def init_parameters(seed: int, task: Task, args: Args) -> Parameters:
     return parameters
 
 
-def linear(p: Parameters, name: str, x: Tensor) -> Tensor:
+def linear(p: Params, name: str, x: Tensor) -> Tensor:
     """[S, N, in] -> [S, N, out], each seed with its own weights."""
     return torch.baddbmm(p[f"{name}_bias"], x, p[name])
 
 
-def norm(p: Parameters, name: str, x: Tensor) -> Tensor:
+def norm(p: Params, name: str, x: Tensor) -> Tensor:
     """Layer norm over the last axis of [S, N, width]."""
-    normed = F.layer_norm(x, x.shape[-1:])
-    return torch.addcmul(p[f"norm_{name}_bias"], normed, p[f"norm_{name}"])
+    return F.layer_norm(x, x.shape[-1:]) * p[f"norm_{name}"] + p[f"norm_{name}_bias"]
 
 
 def transformer(
-    p: Parameters,
-    heads: int,
-    tokens: tuple[Tensor, ...],
-    time: Tensor,
-    masks: Tensor | None = None,
-    last: int | None = None,
+    p: Params, heads: int, tokens: Tokens, time: Tensor, masks: Tensor | None = None, last: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each step's action is likely to be, and whether the step costs.
 
     Causal: what is said of step t does not depend on any token after s_t (its action) or a_t (its
     cost), so whatever pads a sequence at its end changes nothing before.
 
-    tokens are return_to_go, cost_to_go, observation, action, [S, B, K, .] each; time is the step of
-    the episode, [S, B, K]; masks of dropout [S, 1 + 2 layers, B * 4K, width], or none. Returns mean
-    and log of the deviation of the action [S, B, K, .] and the logit of the cost [S, B, K]. Where
-    only the last steps are asked for (to act, 1), K is their number.
+    time, [S, B, K], counts the steps of the episode; dropout's masks are [S, 1 + 2 layers, B * 4K,
+    width], or none. Returns mean and log-deviation of the action [S, B, K, .] and the logit of the
+    cost [S, B, K]; where only the last steps are asked for (to act, 1), K is their number.
     """
     s, b, k = time.shape
     width, layers = p["embed_time"].shape[-1], sum(name.startswith("qkv") for name in p) // 2
-    embedded = p["embed_time"].gather(
-        1, time.reshape(s, -1, 1).expand(-1, -1, width)
-    )  # [S, B*K, .]
+    when = time.reshape(s, -1, 1).expand(-1, -1, width)
+    embedded = p["embed_time"].gather(1, when)  # [S, B*K, width]
     names = ("embed_return", "embed_cost", "embed_observation", "embed_action")
-    parts = [
-        linear(p, name, x.flatten(1, 2)) + embedded for name, x in zip(names, tokens, strict=True)
-    ]
+    parts = [linear(p, n, x.flatten(1, 2)) + embedded for n, x in zip(names, tokens, strict=True)]
     x = torch.stack(parts, 2).view(s, b * k * 4, width)  # R_1 C_1 s_1 a_1 R_2 ...
     drop = [x.new_ones(1, 1, 1)] * (1 + 2 * layers) if masks is None else masks.unbind(1)
     x = norm(p, "embed", x) * drop[0]
@@ -181,14 +172,13 @@ def transformer(
             query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [S*B, heads, 4K, width/heads] each
             if i == layers - 1:  # of what leaves it, only states and actions are read
                 read = torch.arange(k * 4, device=x.device).view(k, 4)[-(last or k) :, 2:].flatten()
-                x, query, sees = x.view(s, b, k * 4, -1)[:, :, read], query[:, :, read], sees[read]
-                x = x.flatten(1, 2)
+                x = x.view(s, b, k * 4, width)[:, :, read].flatten(1, 2)
+                query, sees = query[:, :, read], sees[read]
             seen = F.scaled_dot_product_attention(query, key, value, sees)
-            seen = seen.transpose(1, 2).reshape(x.shape)
-            rows = x.shape[1]
-            x = x.addcmul(linear(p, f"project{i}", seen), drop[1 + 2 * i][:, :rows])
+            seen = linear(p, f"project{i}", seen.transpose(1, 2).reshape(x.shape))
+            x = x + seen * drop[1 + 2 * i][:, : x.shape[1]]
             hidden = F.gelu(linear(p, f"up{i}", norm(p, f"b{i}", x)))
-            x = x.addcmul(linear(p, f"down{i}", hidden), drop[2 + 2 * i][:, :rows])
+            x = x + linear(p, f"down{i}", hidden) * drop[2 + 2 * i][:, : x.shape[1]]
     k = last or k
     at_state, at_action = norm(p, "out", x).view(s, b * k, 2, width).unbind(2)
     log_std = -1.5 + 3.5 * torch.tanh(linear(p, "log_std", at_state))  # in [-5, 2]
@@ -350,7 +340,7 @@ def main() -> None:
 class Actor:
     """Play n episodes at once, each aiming at a return and a cost of its own."""
 
-    def __init__(self, config: dict, parameters: Parameters, targets: np.ndarray):
+    def __init__(self, config: dict, parameters: Params, targets: np.ndarray):
         """targets: return and cost to aim at, [n, 2]."""
         self.parameters = {name: p[None] for name, p in parameters.items()}
         self.heads, self.context = config["heads"], config["context"]
@@ -366,12 +356,11 @@ class Actor:
         step = [*self.togo.split(1, 1), observation, unknown]
         self.history = [*self.history, step][-self.context :]
         tokens = tuple(torch.stack(x, 1)[None] for x in zip(*self.history, strict=True))
-        time = torch.arange(self.time + 1 - len(self.history), self.time + 1)
-        time = time.expand(1, len(observation), -1)
+        self.time += 1
+        time = torch.arange(self.time)[-len(self.history) :].expand(1, len(observation), -1)
         with torch.no_grad():
             mean = transformer(self.parameters, self.heads, tokens, time, last=1)[0][0, :, 0]
         self.history[-1][3] = mean.clamp(-1, 1)
-        self.time += 1
         return mean.numpy()
 
     def observe(self, rewards: np.ndarray, costs: np.ndarray) -> None:
