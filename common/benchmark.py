@@ -37,7 +37,7 @@ from common.cli import UserError, check_numbers, nearest, parse_args, run_main
 from common.dataset import file_sha256, find_dataset
 from common.figures import draw_all
 from common.jobs import Job, run_here, run_on_slurm, stop_all
-from common.tables import flags_of, read_results, read_script, suite, write_tables
+from common.tables import SHARED, flags_of, read_results, read_script, suite, write_tables
 from common.tasks import TASKS
 
 SET_HERE = {"task", "env_id", "data", "seeds", "output_dir", "resume"}  # not by --flags
@@ -147,9 +147,14 @@ def code_of(script: Path) -> str:
         path = waiting.pop()
         seen[path] = path.read_bytes()
         for node in ast.walk(ast.parse(seen[path])):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("common."):
-                imported = ROOT / f"{node.module.replace('.', '/')}.py"
-                if imported not in seen and imported not in waiting:
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{name}" for name in names)]
+            for name in names:
+                imported = ROOT / f"{str(name).replace('.', '/')}.py"
+                if imported.is_file() and imported not in seen and imported not in waiting:
                     waiting.append(imported)
     digest = hashlib.sha256()
     for path in sorted(seen):
@@ -158,17 +163,21 @@ def code_of(script: Path) -> str:
 
 
 def sweep_points(args_class: type, sweep: Sequence[str]) -> list[list[str]]:
-    """The flags of each value of ``--sweep FLAG VALUE ..``; nothing where the script lacks it."""
+    """The flags of each value of ``--sweep FLAG VALUE ..``; nothing where the script lacks it.
+
+    Raises:
+        UserError: a switch is given something else than True and False.
+    """
     flag, *values = sweep
     name = flag.strip("-")
     fields = {f.name: f for f in dataclasses.fields(args_class)}
     if name.replace("-", "_") not in fields:
         return []
     if fields[name.replace("-", "_")].type is bool:
-        return [
-            [f"--{'' if value.lower() == 'true' else 'no-'}{name}"]
-            for value in values or ("True", "False")
-        ]
+        if set(values) - {"True", "False"}:
+            raise UserError(f"--sweep {flag} {' '.join(values)}: give True, False or nothing")
+        switches = {"True": f"--{name}", "False": f"--no-{name}"}
+        return [[switches[value]] for value in values or switches]
     return [[f"--{name}", value] for value in values]
 
 
@@ -308,6 +317,12 @@ def check(args: Args) -> None:
     given = {token.partition("=")[0] for token in shlex.split(args.flags) if token[:2] == "--"}
     if taken := sorted(given & {f"--{name.replace('_', '-')}" for name in SET_HERE}):
         raise UserError(f"--flags {taken[0]}: is set here for every script; leave it out")
+    for sweep in args.sweep:
+        flag = sweep[0].strip("-") if sweep else ""
+        if not flag or flag.replace("-", "_") in SHARED:
+            raise UserError(
+                f"--sweep {flag}: give a flag of a method and its values, as in eta 1 5"
+            )
     if args.data not in ("auto", "dsrl", "bundled"):
         raise UserError(f"--data {args.data}: give auto, dsrl or bundled, or a folder: --data-dir")
     if args.data_dir is not None and not args.data_dir.is_dir():

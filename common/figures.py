@@ -177,9 +177,7 @@ def learning_curves(results: Sequence[Result], heading: str, path: Path) -> Path
             values = np.array(curve[f"normalized_{name}"])  # [points, S * K]
             seeds = values.reshape(len(values), len(result.held["seeds"]), -1).mean(2)
             axis.plot(curve["step"], seeds.mean(1), color="black", linewidth=1)
-            axis.fill_between(
-                curve["step"], seeds.min(1), seeds.max(1), color="tab:blue", alpha=0.3
-            )
+            axis.fill_between(curve["step"], seeds.min(1), seeds.max(1), color="0.8", linewidth=0)
             if curve["stage_ends"]:
                 axis.axvline(curve["stage_ends"], color="gray", linestyle=":", linewidth=1)
             axis.set_title(f"{result.task}: {name}")

@@ -67,7 +67,7 @@ class Job:
     def _start(self, flags: list[str], lock: Any) -> int:
         command = [sys.executable, str(self.script), *flags]
         with open(self.folder / "log.txt", "a") as log:
-            log.write(f"$ {shlex.join(command)}\n")
+            log.write(f"\n$ {shlex.join(command)}\n")
             log.flush()
             process = subprocess.Popen(
                 command,
@@ -125,6 +125,9 @@ def run_on_slurm(jobs: Sequence[Job], folder: Path, workers: int, **options: Any
         folder: for Slurm's own files; all nodes must see it.
         workers: jobs at the same time.
         options: of submitit's SlurmExecutor.
+
+    Raises:
+        UserError: Slurm does not take them.
     """
     import submitit
 
@@ -132,8 +135,15 @@ def run_on_slurm(jobs: Sequence[Job], folder: Path, workers: int, **options: Any
     executor = submitit.SlurmExecutor(folder, max_num_timeout=1000)
     setup = [f"export PYTHONPATH={shlex.quote(str(ROOT))}"]
     executor.update_parameters(array_parallelism=workers, setup=setup, **options)
-    with executor.batch():
-        queued = [executor.submit(job) for job in jobs]
+    try:
+        with executor.batch():
+            queued = [executor.submit(job) for job in jobs]
+    except submitit.core.utils.FailedJobError as error:
+        from common.cli import UserError  # not at the top: it brings torch
+
+        lines = str(error).strip().splitlines()
+        reason = next((line for line in lines if line.startswith("sbatch:")), lines[-1])
+        raise UserError(f"--launcher slurm: sbatch does not take the jobs: {reason}") from None
     left = {handle.job_id: job for handle, job in zip(queued, jobs, strict=True)}
     print(f"queued as Slurm's job {queued[0].job_id.split('_')[0]}", flush=True)
     try:
