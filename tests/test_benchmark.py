@@ -83,7 +83,7 @@ def test_a_grid_killed_five_times_ends_with_the_same_table(undisturbed, tmp_path
             process.wait()  # its runs hold its standard error no more than its locks
         elif process.poll() is None:
             process.terminate()
-            out, error = process.communicate(timeout=60)
+            _, error = process.communicate(timeout=60)
             assert processes_of(tmp_path) == 0, "its runs end with it"
             if process.returncode == 130:
                 assert error.splitlines()[-1].startswith("error: interrupted"), error
