@@ -37,7 +37,15 @@ from common.cli import UserError, check_numbers, nearest, parse_args, run_main
 from common.dataset import file_sha256, find_dataset
 from common.figures import draw_all
 from common.jobs import Job, run_here, run_on_slurm, stop_all
-from common.tables import SHARED, flags_of, read_results, read_script, suite, write_tables
+from common.tables import (
+    SHARED,
+    flags_of,
+    make_folder,
+    read_results,
+    read_script,
+    suite,
+    write_tables,
+)
 from common.tasks import TASKS
 
 SET_HERE = {"task", "env_id", "data", "seeds", "output_dir", "resume"}  # not by --flags
@@ -86,7 +94,7 @@ class Args:
     only_tables: bool = False
     """run nothing: tables and figures of what is in --results, of all tasks and seeds by default"""
     exclude: tuple[str, ...] = ()
-    """patterns of results that --only-tables leaves out, such as "choice-*" """
+    """patterns of files or folders that --only-tables leaves out, such as "choice-*" """
 
 
 # --------------------------------------------------------------------------------------- the grid
@@ -237,6 +245,8 @@ def make_jobs(args: Args, names: Sequence[str], failures: list[str]) -> list[Job
 def run_grid(args: Args, failures: list[str]) -> list[Path]:
     """Run what is not there yet, and say how it goes: the results of all that ended well."""
     jobs = make_jobs(args, choose_algorithms(args.algorithms), failures)
+    make_folder("--results", args.results[0])
+    make_folder("--output", args.output)
     todo = [job for job in jobs if job.results() is None]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them here already", flush=True)
     if args.launcher == "local":
@@ -271,9 +281,9 @@ def main() -> None:
     argv = sys.argv[1:]
     after = argv[argv.index("--") + 1 :] if "--" in argv else []
     argv = argv[: argv.index("--")] if "--" in argv else argv
-    for i in range(len(argv) - 1):  # what follows --flags begins with a dash itself
-        if argv[i] == "--flags":
-            argv[i : i + 2] = [f"--flags={argv[i + 1]}"]
+    if "--flags" in argv[:-1]:  # what follows it begins with a dash itself
+        i = argv.index("--flags")
+        argv[i : i + 2] = [f"--flags={argv[i + 1]}"]
     args = parse_args(Args, argv)
     args.flags = f"{args.flags} {shlex.join(after)}"
     check(args)
@@ -296,14 +306,15 @@ def main() -> None:
         print(f"left out: {line}")
     if results:
         sweeps = write_tables(results, args.output, sweeps_alone=bool(args.sweep))
-        figures = [path.name for path in draw_all(results, sweeps, args.output)]
+        grid = [] if args.sweep else [r for r in results if not r.variant]
+        figures = [path.name for path in draw_all(results, grid, sweeps, args.output)]
         print(f"{args.output}/: the tables as .md and .csv, {' '.join(figures)}")
     for line in failures:
         print(f"failed: {line}")
-    if not results:
-        raise UserError("there are no results to make tables of")
     if failures:
         sys.exit(1)
+    if not results:
+        raise UserError("there are no evaluated results to make tables of")
 
 
 def check(args: Args) -> None:
@@ -313,6 +324,10 @@ def check(args: Args) -> None:
         UserError: names the flag.
     """
     seeds = args.seeds
+    try:
+        shlex.split(args.flags)
+    except ValueError:
+        raise UserError(f"--flags {args.flags.strip()}: a quotation mark is not closed") from None
     check_numbers(dataclasses.replace(args, seeds=(0,) if seeds is None else seeds))
     given = {token.partition("=")[0] for token in shlex.split(args.flags) if token[:2] == "--"}
     if taken := sorted(given & {f"--{name.replace('_', '-')}" for name in SET_HERE}):
@@ -335,8 +350,6 @@ def check(args: Args) -> None:
         raise UserError("--launcher slurm: there is no sbatch here; run this where Slurm is")
     if bad := [option for option in args.slurm if "=" not in option]:
         raise UserError(f"--slurm {bad[0]}: give name=value, as in mem=4G")
-    if args.results[0].is_file() and not args.only_tables:
-        raise UserError(f"--results {args.results[0]}: is a file; give a folder")
 
 
 if __name__ == "__main__":

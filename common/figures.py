@@ -40,15 +40,17 @@ def tasks_of(results: Sequence[Result]) -> list[str]:
     return [task for task in TASKS if any(result.task == task for result in results)]
 
 
-def draw_all(results: Sequence[Result], sweeps: Sequence[tuple], folder: Path) -> Iterator[Path]:
+def draw_all(
+    results: Sequence[Result], grid: Sequence[Result], sweeps: Sequence[tuple], folder: Path
+) -> Iterator[Path]:
     """Draw what the results suffice for.
 
     Args:
         results: all of them.
+        grid: those of the main grid.
         sweeps: as ``tables.sweep_tables`` makes them.
         folder: where the pictures go.
     """
-    grid = [result for result in results if not result.variant]
     names = headings(result.algorithm for result in results)
     if grid:
         yield safe_shares(grid, names, folder / "figure2.png")

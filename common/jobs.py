@@ -32,13 +32,16 @@ class Job:
     script: Path
     flags: list[str]
     threads: int
+    trouble: str = ""  # what kept it from starting
 
     def results(self) -> Path | None:
         """Its results.json, where it has ended well."""
         return next(self.folder.glob("run/*/*/*/results.json"), None)
 
     def last_words(self) -> str:
-        """The last line that it has logged."""
+        """The last line that it has logged, or what kept it from starting."""
+        if self.trouble:
+            return self.trouble
         text = ""
         with contextlib.suppress(OSError):
             text = (self.folder / "log.txt").read_text(errors="replace")
@@ -103,8 +106,9 @@ def run_here(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
     try:
         futures = {pool.submit(job): job for job in jobs}
         for future in concurrent.futures.as_completed(futures):
-            future.result()
-            yield futures[future]
+            job = futures[future]
+            job.trouble = str(future.exception() or "")  # such as of a disk that is full
+            yield job
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

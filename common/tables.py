@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def read_results(paths: Iterable[Path], exclude: Sequence[str], flags: Sequence[
 
     Args:
         paths: folders, looked through to the bottom, and files.
-        exclude: patterns of file names, or of paths, that are not read.
+        exclude: patterns of the names of files, and of folders they lie in, that are not read.
         flags: of the main grid.
 
     Raises:
@@ -132,7 +133,8 @@ def read_results(paths: Iterable[Path], exclude: Sequence[str], flags: Sequence[
         if not path.exists():
             raise UserError(f"--results {path}: there is no such folder or file")
         found = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-        files |= {f: None for f in found if not any(f.match(pattern) for pattern in exclude)}
+        out = {f for f in found for x in f.parts if any(fnmatch(x, p) for p in exclude)}
+        files |= {f: None for f in found if f not in out}
     results, left_out, bases = [], [], {}
     for file in files:
         try:
@@ -142,7 +144,7 @@ def read_results(paths: Iterable[Path], exclude: Sequence[str], flags: Sequence[
         except (OSError, ValueError):
             raise UserError(f"--results: {file} cannot be read as JSON; remove it") from None
         algorithm, task = held["algorithm"], held["task"]
-        if task not in TASKS or "normalized_cost" not in held["runs"][0]:
+        if task not in TASKS or not all("normalized_cost" in run for run in held["runs"] or [{}]):
             left_out.append(f"{file}: not one of the 29 tasks, or not evaluated")
             continue
         if algorithm not in bases:
@@ -242,10 +244,15 @@ class Entry:
 
 
 def entry(results: Sequence[Result]) -> Entry:
-    """The mean over tasks, each the mean over its runs, with its 95 % interval."""
+    """The mean over tasks, each the mean over its runs, with its 95 % interval.
+
+    One seed has no interval: its ends are nan.
+    """
     rng = np.random.default_rng(0)
     scores = [result.scores() for result in results]
     low, high = interval(np.mean([bootstrap_means(x, rng) for x in scores], axis=0))
+    if any(x.shape[1] == 1 for x in scores):
+        low, high = np.full((2, 2), np.nan)
     reward, cost = np.mean([x.mean((1, 2)) for x in scores], axis=0)
     safe = sum(int((x[1] <= 1).sum()) for x in scores)
     runs = sum(x[1].size for x in scores)
@@ -402,6 +409,20 @@ def sweep_tables(results: Sequence[Result]) -> list[tuple[str, str, Table]]:
     return tables
 
 
+def make_folder(flag: str, folder: Path) -> None:
+    """Make a folder, if it is not there.
+
+    Raises:
+        UserError: it cannot be made; names the flag.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{flag} {folder}: cannot be made ({error.strerror}); give a folder that can"
+        ) from None
+
+
 def write_tables(
     results: Sequence[Result], folder: Path, sweeps_alone: bool = False
 ) -> list[tuple[str, str, Table]]:
@@ -419,10 +440,7 @@ def write_tables(
         UserError: results that do not belong together, or a folder that cannot be written.
     """
     main, sweeps = None if sweeps_alone else main_table(results), sweep_tables(results)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be made ({error.strerror})") from None
+    make_folder("--output", folder)
     for table in [main] * (main is not None) + [table for *_, table in sweeps]:
         text = f"### {table.title}\n\nNormalised reward / normalised cost; in bold what is safe (a "
         text += (

@@ -246,6 +246,7 @@ def test_suites_of_tasks_and_files_named_as_dsrls(tmp_path, capsys):
     assert "left out: AntRun" in capsys.readouterr().out
 
 
+MEASURED = ("--results", str(ROOT / "common" / "measured" / "presa-BallRun.json"))
 BAD = {
     "unknown method": (["--algorithms", "presaa"], "--algorithms presaa", "presa"),
     "unknown task": (["--tasks", "BalRun"], "--tasks BalRun", "BallRun"),
@@ -263,6 +264,9 @@ BAD = {
     "a sweep of nothing": (["--sweep"], "--sweep", "a flag of a method"),
     "a sweep of seeds": (["--sweep", "seeds", "0", "1"], "--sweep seeds", "a flag of a method"),
     "a switch's value": (["--sweep", "filter-preferences", "2"], "--sweep filter", "True, False"),
+    "a quotation mark": (["--flags", "--steps '5"], "--flags", "not closed"),
+    "a file for a folder": (["--results", str(ROOT / "README.md")], "--results", "cannot be made"),
+    "no place": (["--only-tables", *MEASURED, "--output", "/proc/x"], "--output /proc/x", "can"),
     "two folders": (["--results", "a", "b"], "--results", "one folder"),
     "exclude in a run": (["--exclude", "x"], "--exclude", "--only-tables"),
     "no worker": (["--workers", "0"], "--workers 0", "1 or more"),
@@ -281,6 +285,7 @@ def test_bad_input_ends_with_one_line_and_code_2(name, tmp_path, run_script, mon
     if name == "no Slurm":
         monkeypatch.setenv("PATH", str(tmp_path))
     base = [] if name == "unknown method" else ["--algorithms", "presa"]
+    base += ["--tasks", "BallRun"] if "--results" in flags and "nowhere" not in flags else []
     code, _, error = run_script(benchmark.main, *base, *flags)
     assert code == 2
     assert len(error.splitlines()) == 1, error
