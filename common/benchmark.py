@@ -23,7 +23,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -69,6 +69,8 @@ class Args:
     """folder with a file for each task, named as DSRL's or Safety<Task>.hdf5"""
     flags: str = ""
     """flags for every script that has them, such as "--steps 100"; or at the end, after --"""
+    flags_of: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """flags for one script, after its name: "cdt --steps 2000 --batch-size 64"; repeatable"""
     sweep: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """a flag and its values, such as eta 0.1 1: run those in place of the default; repeatable"""
 
@@ -113,7 +115,23 @@ def choose_tasks(names: Sequence[str]) -> list[str]:
     return [t for t in TASKS if {"all", suite(t).lower(), t} & set(names)]
 
 
-def choose_algorithms(names: Sequence[str]) -> list[str]:
+def split_flags(args: Args) -> tuple[list[str], dict[str, list[str]]]:
+    """The flags for every script, and those for one script by its name.
+
+    Raises:
+        UserError: a quotation mark is not closed, or a name is missing.
+    """
+    try:
+        own = [shlex.split(text) for text in args.flags_of]
+        flags = shlex.split(args.flags)
+    except ValueError:
+        raise UserError("--flags, --flags-of: a quotation mark is not closed") from None
+    if any(not words or words[0].startswith("-") for words in own):
+        raise UserError('--flags-of: give a script\'s name and its flags, as in "cdt --steps 9"')
+    return flags, {words[0]: words[1:] for words in own}
+
+
+def choose_algorithms(names: Iterable[str], flag: str = "--algorithms") -> list[str]:
     """The methods meant, by name of their files.
 
     Raises:
@@ -123,7 +141,7 @@ def choose_algorithms(names: Sequence[str]) -> list[str]:
     for name in names:
         if name not in ("all", *here):
             said = nearest(name, here)
-            raise UserError(f"--algorithms {name}: no such file there; did you mean {said}?")
+            raise UserError(f"{flag} {name}: no such file there; did you mean {said}?")
     return here if "all" in names else [name for name in here if name in names]
 
 
@@ -195,7 +213,7 @@ def make_jobs(args: Args, names: Sequence[str], failures: list[str]) -> list[Job
     Raises:
         UserError: a flag is nobody's, its value is wrong, or there is no data.
     """
-    flags = shlex.split(args.flags)
+    flags, own = split_flags(args)
     seeds = [str(seed) for seed in args.seeds or (0, 1, 2)]
     variants, lacking, idle = [], [], []
     for name in names:
@@ -212,7 +230,7 @@ def make_jobs(args: Args, names: Sequence[str], failures: list[str]) -> list[Job
         if args.sweep and not points:
             idle.append(name)
         for point in points if args.sweep else [[]]:
-            given = [*kept, *point, "--seeds", *seeds]
+            given = [*kept, *own.get(name, ()), *point, "--seeds", *seeds]
             try:
                 variants.append((name, point, given, parse_args(args_class, given)))
             except UserError as error:
@@ -297,7 +315,7 @@ def main() -> None:
             stop_all()
             print("error: interrupted; the same command goes on", file=sys.stderr, flush=True)
             os._exit(130)  # a thread may wait for the lock of a run that is not ours to end
-    results, left_out = read_results(paths, args.exclude, shlex.split(args.flags))
+    results, left_out = read_results(paths, args.exclude, *split_flags(args))
     if args.only_tables:
         names, tasks = choose_algorithms(args.algorithms), choose_tasks(args.tasks or ("all",))
         wanted = [r for r in results if r.algorithm in names and r.task in tasks]
@@ -324,12 +342,11 @@ def check(args: Args) -> None:
         UserError: names the flag.
     """
     seeds = args.seeds
-    try:
-        shlex.split(args.flags)
-    except ValueError:
-        raise UserError(f"--flags {args.flags.strip()}: a quotation mark is not closed") from None
+    flags, own = split_flags(args)
+    choose_algorithms(own, "--flags-of")
     check_numbers(dataclasses.replace(args, seeds=(0,) if seeds is None else seeds))
-    given = {token.partition("=")[0] for token in shlex.split(args.flags) if token[:2] == "--"}
+    given = itertools.chain(flags, *own.values())
+    given = {token.partition("=")[0] for token in given if token[:2] == "--"}
     if taken := sorted(given & {f"--{name.replace('_', '-')}" for name in SET_HERE}):
         raise UserError(f"--flags {taken[0]}: is set here for every script; leave it out")
     for sweep in args.sweep:

@@ -117,13 +117,19 @@ def flags_of(args_class: type, flags: Sequence[str]) -> tuple[list[str], list[st
     return kept, [group[0] for group, known in zip(groups, has, strict=True) if not known]
 
 
-def read_results(paths: Iterable[Path], exclude: Sequence[str], flags: Sequence[str]) -> tuple:
+def read_results(
+    paths: Iterable[Path],
+    exclude: Sequence[str] = (),
+    flags: Sequence[str] = (),
+    own_flags: dict[str, list[str]] | None = None,
+) -> tuple[list[Result], list[str]]:
     """Every evaluated result under the folders (or files) given, and why others are left out.
 
     Args:
         paths: folders, looked through to the bottom, and files.
         exclude: patterns of the names of files, and of folders they lie in, that are not read.
         flags: of the main grid.
+        own_flags: the same, of single methods.
 
     Raises:
         UserError: a path is not there, or a file cannot be read.
@@ -150,7 +156,8 @@ def read_results(paths: Iterable[Path], exclude: Sequence[str], flags: Sequence[
         if algorithm not in bases:
             try:
                 args_class = read_script(algorithm).Args
-                bases[algorithm] = parse_args(args_class, flags_of(args_class, flags)[0])
+                given = flags_of(args_class, flags)[0] + (own_flags or {}).get(algorithm, [])
+                bases[algorithm] = parse_args(args_class, given)
             except UserError as error:
                 bases[algorithm] = error
         if isinstance(bases[algorithm], UserError):

@@ -217,6 +217,9 @@ def test_the_runs_of_a_grid_and_of_a_sweep(capsys):
     ]
     assert "bc_all" in capsys.readouterr().out.split("without the flag of --sweep")[1]
     assert swept[0].folder == jobs_of(*one)[1].folder, "run once for both"
+    plain, own = jobs_of(*one, "--flags=--lr 7", "--flags-of", "presa --steps 9 --eta 2")
+    assert "9" not in plain.flags and plain.flags[4:6] == own.flags[4:6] == ["--lr", "7"]
+    assert own.flags[6:10] == ["--steps", "9", "--eta", "2"]
     filtered = jobs_of(*one, "--sweep", "filter-preferences")
     assert [job.label.split()[-1] for job in filtered] == [
         "--filter-preferences",
@@ -258,6 +261,9 @@ BAD = {
     "a flag's wrong value": (["--flags", "--steps many"], "presa.py", "int"),
     "a flag that is set here": (["--flags", "--task CarRun"], "--flags --task", "leave it out"),
     "a flag after --": (["--", "--seeds", "1"], "--flags --seeds", "leave it out"),
+    "flags of nobody": (["--flags-of", "presaa --steps 1"], "--flags-of presaa", "presa"),
+    "flags of no name": (["--flags-of=--steps 1"], "--flags-of", "name"),
+    "its unknown flag": (["--flags-of", "presa --width 1"], "presa.py", "--width"),
     "a sweep of nobody": (["--sweep", "zeta", "1"], "--sweep zeta", "no script"),
     "a sweep without values": (["--sweep", "eta"], "--sweep eta", "no value"),
     "a sweep's wrong value": (["--sweep", "eta", "x"], "presa.py", "--eta"),

@@ -162,6 +162,8 @@ def test_the_main_grid_is_what_the_flags_say(results):
     table, sweeps = tables_of(results, "--eta", "0.5")
     assert table.rows["BallRun"]["presa"].cell == pytest.approx((0.3, 2))
     assert list(sweeps["sweep-presa-eta"].columns) == [0.1, 0.5]
+    read, _ = read_results([results], own_flags={"presa": ["--eta", "0.5"]})
+    assert main_table(read).rows["BallRun"]["presa"].cell == pytest.approx((0.3, 2))
 
 
 def test_the_default_segment_length_is_known_by_its_rule(results):
@@ -202,6 +204,9 @@ def test_two_results_of_one_cell_are_refused(results, tmp_path, run_script):
     flags = ["--only-tables", "--results", results, "--output", tmp_path / "out"]
     code, _, error = run_script(benchmark.main, *flags)
     assert code == 2 and "again.json and " in error and "both presa on CarRun" in error
+    (results / "older").mkdir()
+    (results / "again.json").rename(results / "older" / "again.json")
+    assert len(main_table(read_results([results], ("old*",))[0]).columns) == 3
 
 
 def test_the_interval_is_that_of_every_resample():
