@@ -303,6 +303,7 @@ class Run:
         }
         if self.scores is not None:
             results |= mean_scores(results["runs"])
+            results["curve"] = self._compact_curve(stage_ends)
         write_json(self.folder / "results.json", results)
         if self.curve:
             self._draw(stage_ends)
@@ -328,6 +329,16 @@ class Run:
         }
         with whole_file(self.folder / "policy.pt") as part:
             torch.save(policy, part)
+
+    def _compact_curve(self, stage_ends: int) -> dict[str, Any]:
+        """What the evaluations came to, for pictures: a list of all runs' values for each."""
+        steps, reward, cost = zip(*self.curve, strict=True)
+        return {
+            "step": steps,
+            "stage_ends": stage_ends,  # the step at which pretraining stopped; 0: there was none
+            "normalized_reward": [x.flatten().round(4).tolist() for x in reward],
+            "normalized_cost": [x.flatten().round(4).tolist() for x in cost],
+        }
 
     def _result_rows(self, final: dict[str, Any]) -> list[dict[str, Any]]:
         if self.scores is not None:
