@@ -69,6 +69,17 @@ def safe_segment_share(dataset: Dataset, horizon: int, limit: float, length: int
     return float((segment_costs(dataset, length) * horizon <= limit * length).mean())
 
 
+def unsafe_origin_share(dataset: Dataset, horizon: int, limit: float, length: int) -> float:
+    """Of the segments labelled safe, the share cut from episodes that cost more than the limit.
+
+    It is called safe, and may show how an unsafe episode begins; nan where no segment is safe.
+    """
+    lengths = dataset.episode_ends - dataset.episode_starts
+    cost = dataset.episode_costs.repeat(np.maximum(lengths - length + 1, 0))  # whole episode's
+    safe = segment_costs(dataset, length) * horizon <= limit * length
+    return float((cost[safe] > limit).mean()) if safe.any() else math.nan
+
+
 def best_within(dataset: Dataset, limit: float) -> tuple[float, int] | None:
     """The highest return of an episode that keeps a limit, and how many get more than half of it.
 
@@ -218,19 +229,22 @@ def _limit_lines(
     shares: Sequence[float],
 ) -> list[str]:
     lines = [
-        f"{'limit':>8}{'a segment':>11}{'safe':>16}{'safe':>11}{'best return':>14}{'episodes':>12}",
-        f"{'kappa':>8}{'may cost':>11}{'episodes':>16}{'segments':>11}{'within it':>14}"
-        f"{'above half':>12}",
+        f"{'limit':>8}{'a segment':>11}{'safe':>15}{'safe':>10}{'of these, from':>16}"
+        f"{'best return':>13}{'episodes':>12}",
+        f"{'kappa':>8}{'may cost':>11}{'episodes':>15}{'segments':>10}{'unsafe episodes':>16}"
+        f"{'within it':>13}{'above half':>12}",
     ]
     for limit, share in zip(limits, shares, strict=True):
         safe = dataset.episode_costs <= limit
         best = best_within(dataset, limit)
         # "Above half of the best" says nothing where the best is not positive.
         half = str(best[1]) if best and best[0] > 0 else "-"
+        origin = unsafe_origin_share(dataset, task.horizon, limit, length)
         lines.append(
             f"{limit:8g}{limit * length / task.horizon:11.4g}"
-            f"{f'{safe.sum()} ({safe.mean():.1%})':>16}{share:11.1%}"
-            f"{f'{best[0]:.6g}' if best else '-':>14}{half:>12}"
+            f"{f'{safe.sum()} ({safe.mean():.1%})':>15}{share:10.1%}"
+            f"{'-' if math.isnan(origin) else f'{origin:.1%}':>16}"
+            f"{f'{best[0]:.6g}' if best else '-':>13}{half:>12}"
         )
     return lines
 

@@ -23,6 +23,7 @@ from common.card import (
     safe_segment_share,
     segment_costs,
     showable,
+    unsafe_origin_share,
 )
 from common.cli import UserError
 from common.dataset import BUNDLED, Dataset, load_dataset
@@ -66,12 +67,20 @@ def test_shares_of_safe_segments_against_a_slow_loop(ragged, length):
         for start, end in zip(ragged.episode_starts, ragged.episode_ends, strict=True)
         for t in range(start, end - length + 1)
     ]
+    episodes = [
+        sum(ragged.costs[start:end])
+        for start, end in zip(ragged.episode_starts, ragged.episode_ends, strict=True)
+        for _ in range(start, end - length + 1)
+    ]
     assert segment_costs(ragged, length).tolist() == costs
     ties = 0
     for limit in (0, 10, 20, 100, 110, 160, 1000):  # a hundred steps: L = 5 may cost limit / 20
         safe = [cost * 100 <= limit * length for cost in costs]
         ties += sum(cost * 100 == limit * length for cost in costs)
         assert safe_segment_share(ragged, 100, limit, length) == sum(safe) / len(safe)
+        unsafe = [cost > limit for cost, kept in zip(episodes, safe, strict=True) if kept]
+        share = unsafe_origin_share(ragged, 100, limit, length)
+        assert share == sum(unsafe) / len(unsafe) if unsafe else np.isnan(share)
     assert ties > 0 or length == 38  # which has few starts
 
 
@@ -148,8 +157,8 @@ def row(out: str, limit: str) -> list[str]:
 def test_the_numbers_of_a_card(five):
     out = card(TASK, five, (2.0, 5.0), 2)
     # A segment, a whole episode here, may cost 2 * 2 / 100: only the one without cost is safe.
-    assert row(out, "2") == ["2", "0.04", "3", "(60.0%)", "20.0%", "50", "2"]
-    assert row(out, "5") == ["5", "0.1", "4", "(80.0%)", "20.0%", "60", "3"]
+    assert row(out, "2") == ["2", "0.04", "3", "(60.0%)", "20.0%", "0.0%", "50", "2"]
+    assert row(out, "5") == ["5", "0.1", "4", "(80.0%)", "20.0%", "0.0%", "60", "3"]
     assert "the limits 2 and 5 label every segment the same" in out
     assert "2, 5 (DSRL's: 10, 20, 40)" in out and "a segment, L: 2 (default 20)" in out
     assert "data: file, 5 episodes, 10 transitions, 0.0 MB" in out
@@ -218,14 +227,15 @@ def test_script_on_the_bundled_data(tmp_path, monkeypatch, run_script):
         provenance = file.attrs["provenance"]
     for limit in (10, 20, 40):
         safe = costs.sum(1) <= limit
-        segments = np.mean([costs[:, t : t + 20].sum(1) <= limit / 5 for t in range(81)])
+        kept = np.stack([costs[:, t : t + 20].sum(1) <= limit / 5 for t in range(81)])
         best = returns[safe].max()
         assert row(out, str(limit)) == [
             str(limit),
             f"{limit / 5:g}",
             str(safe.sum()),
             f"({safe.mean():.1%})",
-            f"{segments:.1%}",
+            f"{kept.mean():.1%}",
+            f"{kept[:, ~safe].sum() / kept.sum():.1%}",
             f"{best:.6g}",
             str((returns[safe] > best / 2).sum()),
         ]
