@@ -88,6 +88,7 @@ PAPER_ROWS = {
     "unified_comparison-batch32": ("8", 0),
     "binary_alignment-batch32": ("8", 1),
     "choice-batch32-lr3e-4": ("8", 4),
+    "safe_rlhf_cdt": ("8", 3),
     **{f"presa-pairs{n}": ("6", i) for i, n in enumerate((100, 500, 2000, 5000))},
     "presa-filter": ("10", 0),
     "presa-zref-none": ("2", 0),
