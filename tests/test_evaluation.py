@@ -45,8 +45,7 @@ def test_workers_end_with_a_script_that_is_killed(tmp_path):
     program = f"""if True:
         import signal
         from common.evaluation import Evaluator
-        from common.simulators import environments, make
-from common.tasks import TASKS, get_task
+        from common.tasks import get_task
         if __name__ == "__main__":
             pool = Evaluator(get_task("BallRun"), "{SCRIPT}", 1, 1, (0, 1)).pool
             print(*pool._processes, flush=True)
