@@ -64,9 +64,14 @@ def segment_costs(dataset: Dataset, length: int) -> np.ndarray:
     return costs
 
 
+def safe_segments(dataset: Dataset, horizon: int, limit: float, length: int) -> np.ndarray:
+    """Which segments are labelled safe, [valid starts]: summed cost at most kappa * L / T_max."""
+    return segment_costs(dataset, length) * horizon <= limit * length
+
+
 def safe_segment_share(dataset: Dataset, horizon: int, limit: float, length: int) -> float:
-    """Share of all segments that are labelled safe: summed cost at most kappa * L / T_max."""
-    return float((segment_costs(dataset, length) * horizon <= limit * length).mean())
+    """Share of all segments that are labelled safe."""
+    return float(safe_segments(dataset, horizon, limit, length).mean())
 
 
 def unsafe_origin_share(dataset: Dataset, horizon: int, limit: float, length: int) -> float:
@@ -76,7 +81,7 @@ def unsafe_origin_share(dataset: Dataset, horizon: int, limit: float, length: in
     """
     lengths = dataset.episode_ends - dataset.episode_starts
     cost = dataset.episode_costs.repeat(np.maximum(lengths - length + 1, 0))  # whole episode's
-    safe = segment_costs(dataset, length) * horizon <= limit * length
+    safe = safe_segments(dataset, horizon, limit, length)
     return float((cost[safe] > limit).mean()) if safe.any() else math.nan
 
 

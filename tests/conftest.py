@@ -106,3 +106,13 @@ def run_of(tmp_path, run_script):
         return rows, results, torch.load(folder / "policy.pt", weights_only=True)
 
     return run
+
+
+def assert_same_run(whole: Path, part: Path) -> None:
+    """Two runs' folders hold the same metrics, parameters and scores, to the last bit."""
+    assert (part / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    first, second = (torch.load(x / "policy.pt", weights_only=True) for x in (whole, part))
+    for key, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][key]), key
+    held = [json.loads((x / "results.json").read_text())["runs"] for x in (whole, part)]
+    assert held[0] == held[1]

@@ -1,7 +1,6 @@
 """The grid as users run it: killed and gone on with, with a method that fails, with a new one."""
 
 import csv
-import json
 import multiprocessing
 import os
 import random
@@ -20,6 +19,7 @@ from algorithms import presa
 from common import benchmark
 from common.benchmark import ROOT
 from common.cli import run_main
+from tests.conftest import assert_same_run
 
 TINY = "--eval-episodes 1 --eval-every 100000 --cost-limits 20 --hidden-size 8 --device cpu"
 GRID = [
@@ -136,12 +136,7 @@ def test_a_run_killed_ten_times_and_resumed_ends_in_the_same_last_bit(two_armed,
     process = begin("--resume", part)
     process.join()
     assert process.exitcode == 0
-    assert (part / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
-    first, second = (torch.load(x / "policy.pt", weights_only=True) for x in (whole, part))
-    for key, value in first["parameters"].items():
-        assert torch.equal(value, second["parameters"][key]), key
-    held = [json.loads((x / "results.json").read_text())["runs"] for x in (whole, part)]
-    assert held[0] == held[1]
+    assert_same_run(whole, part)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from common.dataset import file_sha256
 from common.evaluation import _episode_seed, play
 from common.results import Run
 from common.tasks import get_task
-from tests.conftest import real_gymnasium
+from tests.conftest import assert_same_run, real_gymnasium
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -215,12 +215,7 @@ def test_a_run_cut_off_and_resumed_ends_in_the_same_last_bit(
     two_stages = {"bc_steps", "model_steps"} & fields.keys()
     assert steps[0] == {35: 31, 80: 76 if two_stages else 61, 115: 106}[cut], "not from the start"
     assert {path.name for path in part.iterdir()} == {path.name for path in whole.iterdir()}
-    assert (part / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
-    first, second = (torch.load(x / "policy.pt", weights_only=True) for x in (whole, part))
-    for key, value in first["parameters"].items():
-        assert torch.equal(value, second["parameters"][key]), key
-    held = [json.loads((x / "results.json").read_text())["runs"] for x in (whole, part)]
-    assert held[0] == held[1]
+    assert_same_run(whole, part)
     code, _, error = run_script(SCRIPTS[name].main, "--resume", part)
     assert code == 2 and "no checkpoint.pt" in error, "a finished run is not resumed"
 
