@@ -288,18 +288,24 @@ class Table:
             marks |= {key: mark for key, x in safe.items() if x == max(safe.values())}
         return marks
 
-    def markdown(self, marked: bool, intervals: bool = False) -> str:
-        """The table as Markdown: reward / cost, what is safe in bold."""
-        heads = ["task"]
-        with_paper = {key for row in self.paper.values() for key in row}
+    def markdown(self, marked: bool, beside: bool = True, intervals: bool = False) -> str:
+        """The table as Markdown: reward / cost, what is safe in bold.
+
+        Args:
+            marked: mark the best safe columns of each row.
+            beside: the paper's numbers in columns beside ours.
+            intervals: 95 % intervals in place of marks and safe runs; without the paper's numbers.
+        """
+        heads, with_paper = ["task"], set()
+        if beside and not intervals:
+            with_paper = {key for row in self.paper.values() for key in row}
         for key, heading in self.columns.items():
-            heads += [heading] + [f"{heading}: paper"] * (key in with_paper and not intervals)
-        lines = [heads, ["---"] * len(heads)]
+            heads += [heading] + [f"{heading}: paper"] * (key in with_paper)
+        lines = [heads]
         for name, row in self.rows.items():
             told = self.paper.get(name, {})
             ours = self.best({key: x.cell for key, x in row.items()}) if marked else {}
-            theirs = self.best(told) if marked else {}
-            cells = [f"*{name}*" if name.endswith("average") else name]
+            cells = [named(name)]
             for key in self.columns:
                 ours_text = "—"
                 if key in row and intervals:
@@ -308,10 +314,20 @@ class Table:
                     x = row[key]
                     ours_text = show(x.cell, ours.get(key, "")) + f" ({x.safe_runs} of {x.runs})"
                 cells.append(ours_text)
-                if key in with_paper and not intervals:
-                    cells.append(show(told[key], theirs.get(key, "")) if key in told else "—")
+                if key in with_paper:
+                    cells.append(show(told[key]) if key in told else "—")
             lines.append(cells)
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        return as_markdown(lines)
+
+    def paper_markdown(self) -> str:
+        """The paper's numbers alone, marked as ours are; empty where it has none."""
+        keys = [key for key in self.columns if any(key in row for row in self.paper.values())]
+        lines = [["task", *(self.columns[key] for key in keys)]]
+        for name, told in self.paper.items():
+            marks = self.best(told)
+            cells = [show(told[key], marks.get(key, "")) if key in told else "—" for key in keys]
+            lines.append([named(name), *cells])
+        return as_markdown(lines) if keys else ""
 
     def write_csv(self, path: Path) -> None:
         """One line for each of our cells."""
@@ -327,6 +343,17 @@ class Table:
                     told = self.paper.get(name, {}).get(key, ("", ""))
                     flags = [x.cell[1] <= 1, key in best, x.safe_runs, x.runs]
                     writer.writerow([name, self.columns[key], *numbers, *flags, *told])
+
+
+def named(row: str) -> str:
+    """A row's heading: averages are in italics."""
+    return f"*{row}*" if row.endswith("average") else row
+
+
+def as_markdown(lines: list[list[str]]) -> str:
+    """A table of cells, the first line its headings."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def show(cell: Cell, mark: str = "") -> str:
@@ -450,17 +477,20 @@ def write_tables(
     make_folder("--output", folder)
     for table in [main] * (main is not None) + [table for *_, table in sweeps]:
         text = f"### {table.title}\n\nNormalised reward / normalised cost; in bold what is safe (a "
-        text += (
-            "cost of at most 1), in brackets how many runs are safe. The paper's numbers are on "
-        )
-        text += "its own data."
+        text += "cost of at most 1), in brackets how many runs are safe."
         if table is main:
             text += f" {BEST}: the safe method with the most reward of those that learn from "
             text += f"feedback; {BEST_TRUTH}: of the others, which see none."
-        text += f"\n\n{table.markdown(table is main)}\n"
+            text += f"\n\n{table.markdown(marked=True, beside=False)}\n"
+            if told := table.paper_markdown():
+                text += f"\nThe paper's numbers, on its own data.\n\n{told}\n"
+        else:
+            text += " The paper's numbers are on its own data."
+            text += f"\n\n{table.markdown(marked=False)}\n"
         if any(len(result.held["seeds"]) > 1 for result in results):
             text += "\nMeans with 95 % intervals, by a stratified bootstrap of the runs: within "
-            text += f"each cost limit the seeds are drawn anew.\n\n{table.markdown(False, True)}\n"
+            text += "each cost limit the seeds are drawn anew.\n\n"
+            text += f"{table.markdown(marked=False, intervals=True)}\n"
         with whole_file(folder / f"{table.name}.md") as part:
             part.write_text(text)
         table.write_csv(folder / f"{table.name}.csv")

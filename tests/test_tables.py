@@ -103,8 +103,9 @@ def rows_of(markdown):
 def test_means_bold_and_marks_of_table_1(results):
     table, sweeps = tables_of(results)
     assert not sweeps
-    rows = rows_of(table.markdown(marked=True))
+    rows = rows_of(table.markdown(marked=True, beside=False))
     assert list(rows) == ["BallRun", "CarRun", "*Bullet average*"]
+    assert list(rows["BallRun"]) == ["task", "BC-Safe", "BC-Safe-Seg", "PreSa"]
     ball, car, mean = rows.values()
     assert ball["PreSa"] == "**0.20 / 0.50** ★ (6 of 6)"
     assert ball["BC-Safe-Seg"] == "0.40 / 1.20 (0 of 6)", "more reward, but not safe"
@@ -115,17 +116,15 @@ def test_means_bold_and_marks_of_table_1(results):
     assert mean["PreSa"] == "**0.40 / 0.75** ★ (12 of 12)"
     assert mean["BC-Safe-Seg"] == "**0.35 / 0.75** (6 of 12)"
     assert mean["BC-Safe"] == "0.50 / 3.55 (6 of 12)"
-    # the paper's Table 8 beside them
-    assert (
-        ball["PreSa: paper"] == "**0.19 / 0.09** ★" and ball["BC-Safe-Seg: paper"] == "0.37 / 1.13"
-    )
-    assert car["BC-Safe-Seg: paper"] == "**0.97 / 0.95** ★"
-    assert mean["PreSa: paper"] == "**0.57 / 0.04** ★" and "BC-Safe: paper" not in mean
+    ball, car, mean = rows_of(table.paper_markdown()).values()  # the paper's Table 8
+    assert ball["PreSa"] == "**0.19 / 0.09** ★" and ball["BC-Safe-Seg"] == "0.37 / 1.13"
+    assert car["BC-Safe-Seg"] == "**0.97 / 0.95** ★"
+    assert mean["PreSa"] == "**0.57 / 0.04** ★" and "BC-Safe" not in mean
 
 
 def test_a_method_without_a_task_has_no_average(results):
     (results / "bc_safe-CarRun.json").unlink()
-    rows = rows_of(tables_of(results)[0].markdown(marked=True))
+    rows = rows_of(tables_of(results)[0].markdown(True, beside=False))
     assert rows["CarRun"]["BC-Safe"] == "—"
     assert rows["*Bullet average*"]["BC-Safe"] == "—"
     assert rows["*Bullet average*"]["PreSa"].startswith("**0.40")
@@ -138,7 +137,8 @@ def test_a_sweep_holds_the_main_grids_value_and_the_papers_numbers(results):
     write(results, "presa", "CarRun", 0.5, 9, name="z", z_ref="none", **FEEDBACK)
     table, sweeps = tables_of(results)
     assert set(sweeps) == {"sweep-presa-eta", "sweep-presa-z-ref"}, "of two flags: in none"
-    assert rows_of(table.markdown(True))["BallRun"]["PreSa"].startswith("**0.20"), "nor in Table 1"
+    row = rows_of(table.markdown(True, beside=False))["BallRun"]
+    assert row["PreSa"].startswith("**0.20"), "nor in Table 1"
     (row,) = rows_of(sweeps["sweep-presa-eta"].markdown(False)).values()
     assert row == {
         "task": "BallRun",
