@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -119,6 +119,29 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Playing:
+    """An evaluation under way."""
+
+    units: list[Future]  # each its rewards and costs, [2, targets or 1, episodes of the unit]
+    shape: tuple[int, int, int]  # seeds, policies a seed, episodes
+    limits: int
+    reward_range: tuple[float, float]
+
+    def done(self) -> bool:
+        """Whether ``scores`` would not wait."""
+        return all(unit.done() for unit in self.units)
+
+    def scores(self) -> Scores:
+        """What it came to, once it is over."""
+        seeds, per_seed, episodes = self.shape
+        played = np.concatenate([unit.result() for unit in self.units], axis=2)  # [2, targets, .]
+        played = np.moveaxis(played.reshape(2, -1, seeds, per_seed, episodes), 1, 3)
+        played = played.reshape(2, seeds, -1, episodes)  # [2, S, K or 1, episodes]
+        rewards, costs = played.repeat(self.limits // played.shape[2], axis=2)
+        return Scores(rewards, costs, self.reward_range)
+
+
 class Evaluator:
     """Worker processes, one a core, that live as long as the run."""
 
@@ -155,15 +178,19 @@ class Evaluator:
         for _ in range(workers):  # so that all of them start now and import while training goes on
             self.pool.submit(_import_simulators)
 
-    def evaluate(
+    def evaluate(self, *args: Any, **options: Any) -> Scores:
+        """Play every policy and wait for it; arguments as of ``start``."""
+        return self.start(*args, **options).scores()
+
+    def start(
         self,
         config: dict,
         parameters: dict[str, torch.Tensor],
         seeds: Sequence[int],
         limits: int,
         targets: Sequence[tuple[float, float]] | None = None,
-    ) -> Scores:
-        """Play every policy.
+    ) -> "Playing":
+        """Have every policy played, as it is now: what becomes of ``parameters`` does not matter.
 
         Args:
             config: the run's configuration, as in the saved policy.
@@ -173,7 +200,7 @@ class Evaluator:
             targets: return and cost to aim at under each limit, of policies that are told so; one
                 such policy a seed then plays all limits in one forward pass.
         """
-        arrays = {name: p.detach().cpu().numpy() for name, p in parameters.items()}
+        arrays = {name: p.detach().cpu().numpy().copy() for name, p in parameters.items()}
         per_seed = next(iter(arrays.values())).shape[1]
         units = [
             self.pool.submit(
@@ -189,11 +216,8 @@ class Evaluator:
             for k in range(per_seed)
             for first in range(0, self.episodes, EPISODES_PER_UNIT)
         ]
-        played = np.concatenate([unit.result() for unit in units], axis=2)  # [2, targets, .]
-        played = np.moveaxis(played.reshape(2, -1, len(seeds), per_seed, self.episodes), 1, 3)
-        played = played.reshape(2, len(seeds), -1, self.episodes)  # [2, S, K or 1, episodes]
-        rewards, costs = played.repeat(limits // played.shape[2], axis=2)
-        return Scores(rewards, costs, self.reward_range)
+        shape = (len(seeds), per_seed, self.episodes)
+        return Playing(units, shape, limits, self.reward_range)
 
     def close(self) -> None:
         """End the workers."""

@@ -21,13 +21,14 @@ from torch import Tensor
 from common.cli import (
     TrainingError,
     UserError,
+    cpu_cores,
     get_device,
     load_checkpoint,
     progress_bar,
     whole_file,
 )
 from common.dataset import Dataset, reward_range
-from common.evaluation import ROOT, Evaluator, Scores, mean_scores, summary
+from common.evaluation import ROOT, Evaluator, Playing, Scores, mean_scores, summary
 from common.feedback import Feedback
 from common.tasks import Task
 
@@ -39,6 +40,9 @@ class Run:
 
     ``metrics.csv`` grows while the run goes on; every other file appears when whole. A stage that
     trains one policy per seed, for all limits, logs metrics [S] and shows parameters [S, 1, ...].
+
+    Where training leaves cores idle, it goes on while an evaluation is played. What is logged
+    meanwhile waits for it, so that the file is the same as if training had waited.
     """
 
     def __init__(
@@ -112,7 +116,11 @@ class Run:
             )
         self.done: dict[str, dict[str, Tensor]] = {}  # the parameters that finished stages left
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
+        self.published = 0  # how many of them are there
         self.columns: list[str] = []
+        self.overlaps = get_device(args.device).type != "cpu"
+        self.overlaps |= torch.get_num_threads() < cpu_cores()
+        self.playing: tuple[Playing, str, int, int] | None = None  # stage, step, place in the rows
         self.curve: list[tuple[int, np.ndarray, np.ndarray]] = []  # step, reward, cost [S, K]
         self.pending: list[dict[str, Tensor]] = []
         self.pending_stage = ""
@@ -126,7 +134,6 @@ class Run:
             self.curve = [(step, *(x.numpy() for x in scores)) for step, *scores in held["curve"]]
             self.last = {name: x.numpy() for name, x in held["last"].items()}
             self.started -= held["seconds"]
-            self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
             self._write_all()  # without what was logged after the checkpoint
             self.bar.update(held["step"])
 
@@ -183,7 +190,7 @@ class Run:
         for step in range(first, last + 1):
             yield step
             due = step - saved >= self.args.checkpoint_every and step < self.total_steps
-            if due and not self.pending:  # what is pending is not kept
+            if due and not self.pending and not self.playing:  # what is under way is not kept
                 self._save_checkpoint(stage, step, parameters, generators, others)
                 saved = step
         self.done[stage] = {name: p.detach().clone() for name, p in parameters.items()}
@@ -239,12 +246,15 @@ class Run:
             for name in self.pending[0]
         }
         count, self.pending = len(self.pending), []
+        if self.playing and self.playing[0].done():
+            self._take_scores()
         self.last = {name: x.nanmean(0).numpy() for name, x in taken.items()}
         self._write(self.pending_stage, step, self.last)
         self._show({name: f"{x.nanmean():.3g}" for name, x in taken.items()})
         finite = taken["loss"].isfinite().reshape(count, -1).all(1)
         if not finite.all():
             first = step - count + 1 + int((~finite).nonzero()[0])
+            self._take_scores()
             self._end()
             raise TrainingError(
                 f"the loss is not finite at step {first} ({self.pending_stage}); what was logged "
@@ -267,13 +277,24 @@ class Run:
         due = step % self.args.eval_every == 0 or step == self.total_steps
         if self.evaluator is None or not due:
             return
-        limits = self.cost_limits
-        self.scores = self.evaluator.evaluate(
-            self.config, parameters, self.seeds, len(limits), self.targets
+        self._take_scores()
+        playing = self.evaluator.start(
+            self.config, parameters, self.seeds, len(self.cost_limits), self.targets
         )
-        reward, cost = self.scores.normalized_reward(), self.scores.normalized_cost(limits)
+        self.playing = playing, stage, step, len(self.rows)
+        if not self.overlaps:
+            self._take_scores()
+
+    def _take_scores(self) -> None:
+        """Wait for the evaluation under way, if there is one, and write what it came to."""
+        if self.playing is None:
+            return
+        (playing, stage, step, place), self.playing = self.playing, None
+        self.scores = playing.scores()
+        reward = self.scores.normalized_reward()
+        cost = self.scores.normalized_cost(self.cost_limits)
         self.curve.append((step, reward, cost))
-        self._write(stage, step, {"normalized_reward": reward, "normalized_cost": cost})
+        self._write(stage, step, {"normalized_reward": reward, "normalized_cost": cost}, place)
         self._show({"reward": f"{reward.mean():.2f}", "cost": f"{cost.mean():.2f}"})
 
     def finish(
@@ -286,6 +307,7 @@ class Run:
             final: columns of the results, [S, K] each, beside the metrics logged last.
             stage_ends: step at which pretraining stopped, drawn as a line; 0: there was none.
         """
+        self._take_scores()
         self.bar.close()
         self.save_policy(parameters)
         results = {
@@ -353,36 +375,46 @@ class Run:
                 row[name] = None if isinstance(value, float) and math.isnan(value) else value
         return rows
 
-    def _write(self, stage: str, step: int, values: dict[str, np.ndarray]) -> None:
+    def _write(
+        self, stage: str, step: int, values: dict[str, np.ndarray], place: int | None = None
+    ) -> None:
+        """Add the rows of one step, one a run, at ``place`` among all rows; by default at the end.
+
+        They are published unless those of an evaluation still have to come before them.
+        """
         shape = (len(self.seeds), len(self.cost_limits))
         full = {name: np.broadcast_to(x.reshape(shape[0], -1), shape) for name, x in values.items()}
-        for s, seed in enumerate(self.seeds):
-            for k, limit in enumerate(self.cost_limits):
-                row = {name: float(x[s, k]) for name, x in full.items()}
-                self.rows.append(
-                    {"step": step, "stage": stage, "seed": seed, "cost_limit": limit} | row
-                )
-                if self.tracker:
-                    self.tracker.log(
-                        {f"seed{seed}/limit{limit:g}/{n}": v for n, v in row.items()}, step=step
-                    )
-        self._append(shape[0] * shape[1])
+        place = len(self.rows) if place is None else place
+        self.rows[place:place] = [
+            {"step": step, "stage": stage, "seed": seed, "cost_limit": limit}
+            | {name: float(x[s, k]) for name, x in full.items()}
+            for s, seed in enumerate(self.seeds)
+            for k, limit in enumerate(self.cost_limits)
+        ]
+        if self.playing is None:
+            self._publish()
 
-    def _append(self, count: int) -> None:
-        """Append the last rows to metrics.csv; a new column has the file written anew."""
-        columns = list(dict.fromkeys([*self.columns, *self.rows[-1]]))
-        if columns != self.columns:
-            self.columns = columns
+    def _publish(self) -> None:
+        """Append what is new to metrics.csv; a new column has the file written anew."""
+        new = self.rows[self.published :]
+        for row in new if self.tracker else ():
+            run = f"seed{row['seed']}/limit{row['cost_limit']:g}"
+            values = {f"{run}/{name}": x for name, x in list(row.items())[4:]}
+            self.tracker.log(values, step=row["step"])
+        if any(name not in self.columns for row in new for name in row):
             self._write_all()
             return
         with open(self.folder / "metrics.csv", "a", newline="") as file:
-            csv.DictWriter(file, columns).writerows(self.rows[-count:])
+            csv.DictWriter(file, self.columns).writerows(new)
+        self.published = len(self.rows)
 
     def _write_all(self) -> None:
+        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
         with whole_file(self.folder / "metrics.csv") as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
+        self.published = len(self.rows)
 
     def _end(self) -> None:
         self.bar.close()

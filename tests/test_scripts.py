@@ -26,7 +26,7 @@ from algorithms import (
 )
 from common import evaluation
 from common.dataset import file_sha256
-from common.evaluation import _episode_seed, play
+from common.evaluation import Playing, _episode_seed, play
 from common.results import Run
 from common.tasks import get_task
 from tests.conftest import assert_same_run, real_gymnasium
@@ -269,6 +269,23 @@ def test_same_command_same_results(finished, tmp_path, run_script):
         assert results["config"]["segment_length"] == 20 and results["config"]["num_pairs"] == 200
     assert first == second
     assert (finished[0] / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
+
+
+def test_training_goes_on_while_an_evaluation_is_played(tmp_path, run_script, monkeypatch):
+    """Where there are cores to spare; the files are those of a run that waited."""
+    asked = []
+    monkeypatch.setattr(Playing, "done", lambda self: asked.append(self))  # None: not yet
+    folders = []
+    for name, cores in (("waits", 1), ("overlaps", 1000)):
+        monkeypatch.setattr("common.results.cpu_cores", lambda cores=cores: cores)
+        flags = [*SMALL, "--eval-every", 40, "--output-dir", tmp_path / name]
+        code, _, error = run_script(presa.main, *flags)
+        assert code == 0, error
+        assert len(asked) == (0 if name == "waits" else 3), "rows that came during an evaluation"
+        folders += (tmp_path / name / "presa" / "BallRun").iterdir()
+    assert_same_run(*folders)
+    curves = [json.loads((x / "results.json").read_text())["curve"] for x in folders]
+    assert curves[0] == curves[1] and curves[0]["step"] == [40, 80, 100]
 
 
 def test_training_needs_no_simulator(two_armed, tmp_path):
