@@ -34,7 +34,7 @@ from common.cli import UserError, check_numbers, cpu_cores, parse_args, run_main
 from common.simulators import check_installed, environments, import_gymnasium
 from common.tasks import Task, reference_returns
 
-EPISODES_PER_UNIT = 5
+EPISODES_PER_UNIT = 10
 
 # observations [n, observation_dim] float32 -> actions [n, action_dim]
 Act = Callable[[np.ndarray], np.ndarray]

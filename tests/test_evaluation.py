@@ -29,16 +29,16 @@ def test_numbers_do_not_depend_on_workers_nor_on_what_was_played_before():
     parameters = {name: torch.stack((p, p))[:, None] for name, p in policy.items()}  # [2, 1, ...]
     scores = []
     for workers in (1, 2):
-        evaluator = Evaluator(TASK, SCRIPT, 7, policies=6, reward_range=RANGE, workers=workers)
+        evaluator = Evaluator(TASK, SCRIPT, 12, policies=6, reward_range=RANGE, workers=workers)
         for _ in range(2):
             scores.append(evaluator.evaluate({}, parameters, (0, 1), limits=3))
         evaluator.close()
     for other in scores[1:]:
         np.testing.assert_array_equal(scores[0].rewards, other.rewards)
         np.testing.assert_array_equal(scores[0].costs, other.costs)
-    assert scores[0].rewards.shape == scores[0].costs.shape == (2, 3, 7)
+    assert scores[0].rewards.shape == scores[0].costs.shape == (2, 3, 12)
     assert (scores[0].rewards[:, :1] == scores[0].rewards).all(), "one policy serves all limits"
-    assert len(np.unique(scores[0].rewards)) == 14, "every episode has a seed of its own"
+    assert len(np.unique(scores[0].rewards)) == 24, "every episode has a seed of its own"
 
 
 def test_workers_end_with_a_script_that_is_killed(tmp_path):
