@@ -43,7 +43,7 @@ def test_every_measured_row_is_the_row_of_its_file():
 def test_every_other_stand_in_is_the_row_of_its_file():
     pattern = r"^\| (\w+) \| \w+ \| (\d) of 3 \| ([\d.]+) \| (\S+ / \S+) \| `(\S+)\.json` \|$"
     rows = re.findall(pattern, README, re.MULTILINE)
-    assert len(rows) == len(list((ROOT / "common" / "measured").glob("standin-*.json"))) >= 8
+    assert len(rows) == len(list((ROOT / "common" / "measured").glob("standin-*.json"))) >= 4
     for task, safe, worst, means, name in rows:
         results = measured(name)
         costs = [run["normalized_cost"] for run in results["runs"]]
