@@ -304,6 +304,9 @@ def test_this_repositorys_own_results(tmp_path, run_script, monkeypatch):
     for task, row in rows.items():
         for heading, name in ours.items() if task in TASKS else ():
             path = ROOT / "common" / "measured" / f"{name}-{task}.json"
+            if row[heading] == "—":
+                assert not path.exists()
+                continue
             held = json.loads(path.read_text())
             numbers = f"{held['normalized_reward']:.2f} / {held['normalized_cost']:.2f}"
             assert numbers in row[heading]
