@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 from algorithms import bc_all, cdt, presa
 from common.cli import check_numbers, cpu_cores, get_device, parse_args, run_main
 from common.dataset import Dataset, load_dataset
-from common.evaluation import Evaluator, play
+from common.evaluation import EPISODES_PER_UNIT, Evaluator, play
 from common.feedback import make_feedback
 from common.simulators import import_gymnasium, make
 from common.tasks import get_task, reference_returns, segment_length
@@ -336,6 +336,7 @@ def bench_bc(args: Args, dataset: Dataset, device: torch.device) -> None:
 def bench_cdt(args: Args, dataset: Dataset, device: torch.device) -> None:
     """CDT's update and its evaluation, one process."""
     usual, few = usual_cdt(dataset, 128, device), max(6, args.steps // 4)
+    many = EPISODES_PER_UNIT * len(TASK.cost_limits)  # as the scripts do
     chosen = f"--seeds 0 --steps {few} --batch-size 128 --device {args.device}"
     config = {"heads": 8, "context": 10, "reward_scale": 0.1}
     parameters = cdt.init_parameters(0, TASK, cdt.Args())
@@ -362,7 +363,7 @@ def bench_cdt(args: Args, dataset: Dataset, device: torch.device) -> None:
         {
             "ours": lambda: 1e3 * script_step(cdt, "cdt", chosen),
             "usual": lambda: 1e3 * timed(usual, few),
-            "many": lambda: on_one_core(15, 1),
+            "many": lambda: on_one_core(many, 1),
             "one": lambda: on_one_core(1, 3),
         },
     )
@@ -372,9 +373,9 @@ def bench_cdt(args: Args, dataset: Dataset, device: torch.device) -> None:
             ("cdt.py", taken["ours"], "ms", None),
             ("torch's layers, sequences stacked one by one", taken["usual"], "ms", None),
             ("  this over cdt.py", taken["usual"], "ms", taken["ours"]),
-            ("evaluation, 15 episodes at once", taken["many"], "steps/s", None),
+            (f"evaluation, {many} episodes at once", taken["many"], "steps/s", None),
             ("evaluation, one episode at a time", taken["one"], "steps/s", None),
-            ("  15 over one", taken["many"], "steps/s", taken["one"]),
+            (f"  {many} over one", taken["many"], "steps/s", taken["one"]),
         ],
     )
 
