@@ -118,8 +118,8 @@ class Run:
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
         self.published = 0  # how many of them are there
         self.columns: list[str] = []
-        self.overlaps = get_device(args.device).type != "cpu"
-        self.overlaps |= torch.get_num_threads() < cpu_cores()
+        idle = torch.get_num_threads() < cpu_cores()
+        self.overlaps = self.config["device"] != "cpu" or idle
         self.playing: tuple[Playing, str, int, int] | None = None  # stage, step, place in the rows
         self.curve: list[tuple[int, np.ndarray, np.ndarray]] = []  # step, reward, cost [S, K]
         self.pending: list[dict[str, Tensor]] = []

@@ -136,6 +136,40 @@ def test_every_compared_method_and_ablation_is_the_row_of_its_files():
     assert seen >= 20
 
 
+def test_why_presa_fails_is_what_its_files_hold():
+    """The reference, PreSa and longer segments on seven tasks; labels by segment and by episode."""
+    section = README.partition("### Why PreSa fails")[2].partition("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if " | " in line]
+    rows = {cells[0]: cells[1:] for cells in lines}
+    heads = next(cells for cells in lines if "CarRun" in cells)
+    tasks = [name.strip("| ") for name in heads if name.strip("| ")]
+    assert len(tasks) == 7
+    for i, task in enumerate(tasks):
+        results = measured(f"presa-{task}")
+        curve = results["curve"]
+        at = curve["step"].index(curve["stage_ends"])
+        played = [curve[f"normalized_{x}"][at] for x in ("reward", "cost")]
+        assert rows["reference"][i] == cell_of(*played), task
+        assert rows["PreSa"][i] == cell_of(*scores_of(results)), task
+        if (longer := rows["PreSa, `--segment-length 60`"][i]) != "—":
+            assert longer == cell_of(*scores_of(measured(f"presa-length60-{task}"))), task
+    for task in ("DroneRun", "CarCircle"):
+        for cell, labels in zip(rows[task], ("segment", "episode"), strict=False):
+            scores = zip(*scores_of(measured(f"diagnosis-{labels}-{task}")), strict=True)
+            assert cell == " · ".join(f"{reward:.2f} / {cost:.2f}" for reward, cost in scores)
+
+
+def scores_of(results):
+    """Normalised rewards and costs of the runs."""
+    return [[run[f"normalized_{x}"] for run in results["runs"]] for x in ("reward", "cost")]
+
+
+def cell_of(rewards, costs):
+    """Their means, and how many are safe."""
+    safe = sum(cost <= 1 for cost in costs)
+    return f"{sum(rewards) / len(rewards):.2f} / {sum(costs) / len(costs):.2f} ({safe})"
+
+
 def test_what_a_newcomer_is_promised_is_what_was_measured():
     assert summary(measured("presa-BallRun-seed0")).strip("\n") in README
 
