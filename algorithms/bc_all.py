@@ -97,8 +97,8 @@ def main() -> None:
     def draw(high: int, size: int) -> tuple[Tensor, Tensor]:
         """Random indices [S, size] and dropout masks [S, 2, size, hidden_size]."""
         index = [torch.randint(high, (size,), generator=g, device=device) for g in generators]
-        masks = [dropout_masks((2, size, args.hidden_size), args.dropout, g) for g in generators]
-        return torch.stack(index), torch.stack(masks)
+        masks = dropout_masks((2, size, args.hidden_size), args.dropout, generators)
+        return torch.stack(index), masks
 
     # ---- behaviour cloning on all transitions
     def bc_loss(parameters, steps, masks):

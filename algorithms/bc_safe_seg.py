@@ -105,8 +105,8 @@ def main() -> None:
     def draw(size: int) -> tuple[Tensor, Tensor]:
         """Random numbers [S, size] in [0, 2^62) and dropout masks [S, 2, size, hidden_size]."""
         index = [torch.randint(2**62, (size,), generator=g, device=device) for g in generators]
-        masks = [dropout_masks((2, size, args.hidden_size), args.dropout, g) for g in generators]
-        return torch.stack(index), torch.stack(masks)
+        masks = dropout_masks((2, size, args.hidden_size), args.dropout, generators)
+        return torch.stack(index), masks
 
     # ---- behaviour cloning on the transitions of safe segments
     def bc_loss(parameters, labels, shared):

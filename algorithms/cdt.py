@@ -302,8 +302,8 @@ def main() -> None:
         """Random numbers in [0, 1), [S, 2, B], and dropout masks."""
         shape = (1 + 2 * args.layers, args.batch_size * 4 * args.context, args.width)
         numbers = [torch.rand(2, args.batch_size, generator=g, device=device) for g in generators]
-        masks = [dropout_masks(shape, args.dropout, g) for g in generators]
-        return torch.stack(numbers), torch.stack(masks)
+        masks = dropout_masks(shape, args.dropout, generators)
+        return torch.stack(numbers), masks
 
     others = {"optimizer": optimizer, "rise": rise, "log_temperature": log_temperature}
     for step in run.steps("cdt", 1, args.steps, parameters, generators, **others):

@@ -231,8 +231,8 @@ def main() -> None:
     def draw(high: int, size: int, rows: int) -> tuple[Tensor, Tensor]:
         """Random indices [S, size] and dropout masks [S, 2, rows, hidden_size]."""
         index = [torch.randint(high, (size,), generator=g, device=device) for g in generators]
-        masks = [dropout_masks((2, rows, args.hidden_size), args.dropout, g) for g in generators]
-        return torch.stack(index), torch.stack(masks)
+        masks = dropout_masks((2, rows, args.hidden_size), args.dropout, generators)
+        return torch.stack(index), masks
 
     # ---- stage one: the reference, behaviour cloning on the transitions of all segments
     def bc_loss(parameters, starts, drawn, masks):

@@ -330,9 +330,9 @@ def main() -> None:
         """One of each run -> [R, ...], to be trained."""
         return {n: torch.stack([p[n] for p in inits]).to(device).requires_grad_() for n in inits[0]}
 
-    def each_run(draws: list[Tensor]) -> Tensor:
-        """Of each seed -> of each run, [R, ...]: a seed's runs share what is drawn."""
-        return torch.stack(draws).repeat_interleave(len(limits), 0)
+    def each_run(draws: Tensor) -> Tensor:
+        """[S, ...] -> [R, ...]: a seed's runs share what is drawn."""
+        return draws.repeat_interleave(len(limits), 0)
 
     # ---- stage one: reward and cost models
     models = stacked([init_models(s, task, k, args.model_width) for s in seeds for k in limits])
@@ -413,9 +413,9 @@ def main() -> None:
     first, last = args.model_steps + 1, args.model_steps + args.steps
     for step in run.steps("cdt", first, last, parameters, generators, **others):
         # 1. draw sequences of K steps, some running beyond their episode's end
-        masks = each_run([dropout_masks(shape, args.dropout, g) for g in generators])
+        masks = each_run(dropout_masks(shape, args.dropout, generators))
         numbers = [torch.rand(2, args.batch_size, generator=g, device=device) for g in generators]
-        numbers = each_run(numbers)  # in [0, 1), [R, 2, B]
+        numbers = each_run(torch.stack(numbers))  # in [0, 1), [R, 2, B]
         which = torch.searchsorted(chance, numbers[:, 0].contiguous())  # by its weight, [R, B]
         place, long = numbers[:, 1], length[each, which]  # where in it, of how many steps
         time = (place * long).long()[..., None] + torch.arange(args.context, device=device)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,18 +164,37 @@ def products(runs: int, device: torch.device) -> Callable[[], None]:
     return step
 
 
-def usual_bc(dataset: Dataset, device: torch.device) -> Callable[[], None]:
-    """A step of behaviour cloning fed by a data loader that collects single transitions."""
-    arrays = (torch.from_numpy(x) for x in (dataset.observations, dataset.actions))
-    data = torch.utils.data.TensorDataset(*arrays)
-    loader = torch.utils.data.DataLoader(data, batch_size=512, shuffle=True, drop_last=True)
+class Transitions(torch.utils.data.IterableDataset):
+    """Single transitions at random, all six arrays of each, as the field's loader does (OSRL)."""
+
+    def __init__(self, dataset: Dataset):
+        following = np.roll(dataset.observations, -1, 0)
+        done = np.zeros(len(following), np.float32)
+        done[dataset.episode_ends - 1] = 1
+        self.arrays = dataset.observations, following, dataset.actions, dataset.rewards
+        self.arrays += dataset.costs, done
+
+    def __iter__(self) -> Iterator[tuple]:
+        while True:
+            t = np.random.choice(len(self.arrays[0]))
+            yield tuple(x[t] for x in self.arrays)
+
+
+def usual_bc(data: torch.utils.data.Dataset, actions: int, device: torch.device) -> Callable:
+    """A step of behaviour cloning fed by torch's data loader, one transition after the other.
+
+    ``actions`` is the place of the actions in what ``data`` yields.
+    """
+    drawn = isinstance(data, torch.utils.data.IterableDataset)
+    more = {} if drawn else {"shuffle": True, "drop_last": True}
+    loader = torch.utils.data.DataLoader(data, batch_size=512, **more)
     policy = usual_policy(device)
     batches = (batch for _ in itertools.count() for batch in loader)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
 
     def step() -> None:
-        s, a = next(batches)
-        loss = (policy(s.to(device)) - a.to(device)).square().sum(-1).mean()
+        batch = [x.to(device) for x in next(batches)]
+        loss = (policy(batch[0]) - batch[actions]).square().sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -313,24 +332,43 @@ def bench_scaling(args: Args, dataset: Dataset, device: torch.device) -> None:
 
 
 def bench_bc(args: Args, dataset: Dataset, device: torch.device) -> None:
-    """Behaviour cloning, one policy, against a data loader."""
-    usual = usual_bc(dataset, device)
+    """Behaviour cloning, one policy, against a data loader: the field's, and a leaner one."""
+    read = map(torch.from_numpy, (dataset.observations, dataset.actions))
+    pairs = usual_bc(torch.utils.data.TensorDataset(*read), 1, device)
+    usual = usual_bc(Transitions(dataset), 2, device)
     chosen = f"--seeds 0 --steps {args.steps} --device {args.device}"
     taken = alternating(
         args,
         {
             "ours": lambda: 1e3 * script_step(bc_all, "bc", chosen),
             "usual": lambda: 1e3 * timed(usual, args.steps),
+            "pairs": lambda: 1e3 * timed(pairs, args.steps),
         },
     )
     show(
         "BC, a whole step of 512 transitions, R = 1",
         [
             ("bc_all.py", taken["ours"], "ms", None),
-            ("with a data loader", taken["usual"], "ms", None),
+            ("with a data loader, six arrays a transition (as OSRL)", taken["usual"], "ms", None),
             ("  this over bc_all.py", taken["usual"], "ms", taken["ours"]),
+            ("with a data loader, observation and action alone", taken["pairs"], "ms", None),
+            ("  this over bc_all.py", taken["pairs"], "ms", taken["ours"]),
         ],
     )
+
+
+def cdt_rate(episodes: int, repeats: int) -> float:
+    """Steps a second of so many episodes of CDT played at once, on one core, in a worker."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    import_gymnasium()
+    config = {"heads": 8, "context": 10, "reward_scale": 0.1}
+    parameters = cdt.init_parameters(0, TASK, cdt.Args())
+    targets = np.tile([500.0, 20.0], (episodes, 1))
+    started = time.perf_counter()
+    for _ in range(repeats):
+        play(TASK, cdt.load_policy(config, parameters, targets), list(range(episodes)))
+    return episodes * repeats * TASK.horizon / (time.perf_counter() - started)
 
 
 def bench_cdt(args: Args, dataset: Dataset, device: torch.device) -> None:
@@ -338,35 +376,16 @@ def bench_cdt(args: Args, dataset: Dataset, device: torch.device) -> None:
     usual, few = usual_cdt(dataset, 128, device), max(6, args.steps // 4)
     many = EPISODES_PER_UNIT * len(TASK.cost_limits)  # as the scripts do
     chosen = f"--seeds 0 --steps {few} --batch-size 128 --device {args.device}"
-    config = {"heads": 8, "context": 10, "reward_scale": 0.1}
-    parameters = cdt.init_parameters(0, TASK, cdt.Args())
-    import_gymnasium()
-
-    def rate(episodes: int, repeats: int) -> float:
-        """Environment steps a second, so many episodes at once."""
-        targets = np.tile([500.0, 20.0], (episodes, 1))
-        started = time.perf_counter()
-        for _ in range(repeats):
-            play(TASK, cdt.load_policy(config, parameters, targets), list(range(episodes)))
-        return episodes * repeats * TASK.horizon / (time.perf_counter() - started)
-
-    def on_one_core(episodes: int, repeats: int) -> float:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return rate(episodes, repeats)
-        finally:
-            torch.set_num_threads(threads)
-
-    taken = alternating(
-        args,
-        {
-            "ours": lambda: 1e3 * script_step(cdt, "cdt", chosen),
-            "usual": lambda: 1e3 * timed(usual, few),
-            "many": lambda: on_one_core(many, 1),
-            "one": lambda: on_one_core(1, 3),
-        },
-    )
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        taken = alternating(
+            args,
+            {
+                "ours": lambda: 1e3 * script_step(cdt, "cdt", chosen),
+                "usual": lambda: 1e3 * timed(usual, few),
+                "many": lambda: pool.submit(cdt_rate, many, 1).result(),
+                "one": lambda: pool.submit(cdt_rate, 1, 3).result(),
+            },
+        )
     show(
         "CDT, an update of 128 sequences, R = 1; evaluation on one core",
         [

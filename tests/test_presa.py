@@ -230,10 +230,11 @@ def test_lemma_5_1_on_two_states():
 
 
 def test_dropout_masks():
-    def draw(seed):
-        return presa.dropout_masks((2, 1000, 64), 0.25, torch.Generator().manual_seed(seed))
+    def draw(*seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return presa.dropout_masks((2, 1000, 64), 0.25, generators)
 
-    mask = draw(0)
+    (mask,) = draw(0)
     assert mask.unique().tolist() == pytest.approx([0, 4 / 3])
     assert (mask == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
     # independent per layer, sample and unit: neighbours agree as often as chance has it
@@ -241,9 +242,10 @@ def test_dropout_masks():
     chance = 0.25**2 + 0.75**2
     for a, b in ((zero[0], zero[1]), (zero[:, 1:], zero[:, :-1]), (zero[..., 1:], zero[..., :-1])):
         assert (a == b).float().mean().item() == pytest.approx(chance, abs=0.01)
-    assert torch.equal(mask, draw(0))
-    assert not torch.equal(mask, draw(1))
-    assert (presa.dropout_masks((3, 5), 0.0, torch.Generator()) == 1).all()
+    # a seed's masks do not depend on the seeds beside it
+    assert torch.equal(draw(1, 0)[1], mask)
+    assert not torch.equal(draw(1, 0)[0], mask)
+    assert torch.equal(presa.dropout_masks((3, 5), 0.0, [torch.Generator()]), torch.ones(1, 3, 5))
 
 
 def test_load_policy_is_the_policy_without_dropout():
