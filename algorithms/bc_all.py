@@ -28,7 +28,8 @@ from torch.func import functional_call, stack_module_state
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.args import OutputArgs, TaskArgs, check_args
+from common.args import GraphArgs, TaskArgs, check_args
+from common.capture import captured
 from common.cli import get_device, parse_args, run_main
 from common.dataset import get_cost_limits, load_dataset
 from common.dropout import dropout_masks
@@ -37,7 +38,7 @@ from common.tasks import get_task
 
 
 @dataclass
-class Args(OutputArgs, TaskArgs):
+class Args(GraphArgs, TaskArgs):
     """BC-All: behaviour cloning on every trajectory."""
 
     # ---- optimisation
@@ -107,12 +108,18 @@ def main() -> None:
         return -log_prob(mean, actions[steps]).mean()
 
     optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-    for step in run.steps("bc", 1, args.steps, parameters, generators, optimizer=optimizer):
+
+    def imitate() -> dict[str, Tensor]:
+        """A step of behaviour cloning; what to log of it."""
         loss = torch.vmap(bc_loss)(parameters, *draw(len(observations), args.batch_size))  # [S]
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
-        run.log("bc", step, {"loss": loss.detach()})
+        return {"loss": loss.detach()}
+
+    imitate = captured(imitate, optimizer, generators, args.cudagraphs)
+    for step in run.steps("bc", 1, args.steps, parameters, generators, optimizer=optimizer):
+        run.log("bc", step, imitate())
         run.evaluate("bc", step, {name: p[:, None] for name, p in parameters.items()})
     run.finish({name: p[:, None] for name, p in parameters.items()}, final={})
 

@@ -29,7 +29,8 @@ from torch.func import functional_call, stack_module_state
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.args import OutputArgs, TaskArgs, check_args
+from common.args import GraphArgs, TaskArgs, check_args
+from common.capture import captured
 from common.cli import UserError, get_device, parse_args, run_main
 from common.dataset import Dataset, get_cost_limits, load_dataset
 from common.dropout import dropout_masks
@@ -38,7 +39,7 @@ from common.tasks import get_task
 
 
 @dataclass
-class Args(OutputArgs, TaskArgs):
+class Args(GraphArgs, TaskArgs):
     """BC-Safe: behaviour cloning on the trajectories within the cost limit."""
 
     # ---- optimisation
@@ -135,12 +136,18 @@ def main() -> None:
         for name, p in parameters.items()
     }  # [S, K, ...]
     optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-    for step in run.steps("bc", 1, args.steps, parameters, generators, optimizer=optimizer):
+
+    def imitate() -> dict[str, Tensor]:
+        """A step of behaviour cloning; what to log of it."""
         loss = all_runs(parameters, (order, count), draw(args.batch_size))  # [S, K]
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
-        run.log("bc", step, {"loss": loss.detach()})
+        return {"loss": loss.detach()}
+
+    imitate = captured(imitate, optimizer, generators, args.cudagraphs)
+    for step in run.steps("bc", 1, args.steps, parameters, generators, optimizer=optimizer):
+        run.log("bc", step, imitate())
         run.evaluate("bc", step, parameters)
     share = (count / len(observations)).tolist()  # of the transitions
     run.finish(parameters, final={"imitated_share": [share] * len(args.seeds)})

@@ -31,7 +31,8 @@ from torch.func import functional_call, stack_module_state
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.args import LabelArgs, OutputArgs, check_args
+from common.args import GraphArgs, LabelArgs, check_args
+from common.capture import captured
 from common.cli import get_device, parse_args, run_main
 from common.dataset import load_dataset
 from common.dropout import dropout_masks
@@ -41,7 +42,7 @@ from common.tasks import get_task
 
 
 @dataclass
-class Args(OutputArgs, LabelArgs):
+class Args(GraphArgs, LabelArgs):
     """BC-Safe-Seg: behaviour cloning on the segments labelled safe."""
 
     # ---- optimisation
@@ -123,12 +124,18 @@ def main() -> None:
         for name, p in parameters.items()
     }  # [S, K, ...]
     optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-    for step in run.steps("bc", 1, args.steps, parameters, generators, optimizer=optimizer):
+
+    def imitate() -> dict[str, Tensor]:
+        """A step of behaviour cloning; what to log of it."""
         loss = all_runs(parameters, (order, count), (starts, *draw(args.batch_size)))  # [S, K]
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
-        run.log("bc", step, {"loss": loss.detach()})
+        return {"loss": loss.detach()}
+
+    imitate = captured(imitate, optimizer, generators, args.cudagraphs)
+    for step in run.steps("bc", 1, args.steps, parameters, generators, optimizer=optimizer):
+        run.log("bc", step, imitate())
         run.evaluate("bc", step, parameters)
     run.finish(parameters, final={"imitated_share": count / safe.shape[2]})
 

@@ -3,10 +3,9 @@
     python algorithms/binary_alignment.py --task BallRun
     python algorithms/binary_alignment.py --task BallRun --seeds 0 1 2
 
-A segment is desirable iff it is safe and the preferred one of its pair (a pair without a preference
-is left out). First the policy imitates all segments and is frozen as the reference; then, read as a
-classifier, it tells desirable segments from the others (a loss like KTO's: PreSa's safety term, its
-weights and eta, with these labels):
+A segment is desirable iff it is safe and the preferred one of its pair (pairs without a preference
+are left out). First the policy imitates all segments and is frozen as the reference; then, read as
+a classifier, it tells desirable segments from the others (PreSa's safety term with these labels):
 
     min_theta  E[w(y) (1 - sigmoid(y (beta Psi(s) - z_ref)))]                           (eq. 6-10)
 
@@ -37,7 +36,8 @@ from torch.func import functional_call, stack_module_state
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.args import FeedbackArgs, OutputArgs, check_args
+from common.args import FeedbackArgs, GraphArgs, check_args
+from common.capture import captured
 from common.cli import UserError, get_device, parse_args, run_main
 from common.dataset import load_dataset
 from common.dropout import dropout_masks
@@ -47,7 +47,7 @@ from common.tasks import get_task
 
 
 @dataclass
-class Args(OutputArgs, FeedbackArgs):
+class Args(GraphArgs, FeedbackArgs):
     """Binary Alignment: safe and preferred, or not, as one label."""
 
     # ---- objective
@@ -219,17 +219,20 @@ def main() -> None:
         for name, p in parameters.items()
     }  # [S, K, ...]
     optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-    first, last = args.bc_steps + 1, args.bc_steps + args.steps
-    for step in run.steps("align", first, last, parameters, generators, optimizer=optimizer):
-        # 1. draw a batch of pairs for each seed
+
+    def align() -> dict[str, Tensor]:
+        """A step of alignment: the loss of every run, eq. 9, on pairs drawn for each seed."""
         batch = draw(num_pairs, args.batch_size, args.batch_size * 2 * length)
-        # 2. the loss of every run, eq. 9
         loss, metrics = all_runs(parameters, (label, weight), (starts, ref_log_prob, *batch))
-        # 3. theta descends
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
-        run.log("align", step, metrics)
+        return metrics
+
+    align = captured(align, optimizer, generators, args.cudagraphs)
+    first, last = args.bc_steps + 1, args.bc_steps + args.steps
+    for step in run.steps("align", first, last, parameters, generators, optimizer=optimizer):
+        run.log("align", step, align())
         run.evaluate("align", step, parameters)
     run.finish(parameters, final={}, stage_ends=args.bc_steps)
 

@@ -50,7 +50,8 @@ from torch.func import functional_call, stack_module_state
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.args import FeedbackArgs, OutputArgs, check_args
+from common.args import FeedbackArgs, GraphArgs, check_args
+from common.capture import captured
 from common.cli import get_device, parse_args, run_main
 from common.dataset import load_dataset
 from common.dropout import dropout_masks
@@ -60,7 +61,7 @@ from common.tasks import get_task
 
 
 @dataclass
-class Args(OutputArgs, FeedbackArgs):
+class Args(GraphArgs, FeedbackArgs):
     """PreSa: preferences under a safety constraint, by a Lagrangian."""
 
     # ---- objective
@@ -279,9 +280,9 @@ def main() -> None:
     nu_init, nu_lr = modules[args.objective]
     nu = nu_init * (weight.sum((2, 3)) > 0)  # [S, K]; 0 where all segments are safe
     optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-    others = {"optimizer": optimizer, "nu": nu}
-    first, last = args.bc_steps + 1, args.bc_steps + args.steps
-    for step in run.steps("align", first, last, parameters, generators, **others):
+
+    def align() -> dict[str, Tensor]:
+        """A step of alignment, from the draw of pairs to nu; what to log of it."""
         # 1. draw a batch of pairs for each seed
         batch = draw(num_pairs, args.batch_size, args.batch_size * 2 * length)
         # 2. the Lagrangian of every run, eq. 15
@@ -293,7 +294,13 @@ def main() -> None:
         optimizer.step()
         # 4. nu ascends, and stays non-negative
         nu.copy_((nu + nu_lr * metrics["violation"]).clamp(min=0))  # eq. 14
-        run.log("align", step, metrics)
+        return metrics
+
+    align = captured(align, optimizer, generators, args.cudagraphs)
+    others = {"optimizer": optimizer, "nu": nu}
+    first, last = args.bc_steps + 1, args.bc_steps + args.steps
+    for step in run.steps("align", first, last, parameters, generators, **others):
+        run.log("align", step, align())
         run.evaluate("align", step, parameters)
     final = {"nu": nu, "constraint_met": run.last["violation"] <= 0}  # the last row's mean
     run.finish(parameters, final, stage_ends=args.bc_steps)

@@ -353,7 +353,7 @@ def main() -> None:
     for step in run.steps("models", 1, args.model_steps, models, generators, optimizer=optimizer):
         shape = (args.model_batch_size,)
         drawn = [torch.randint(trained, shape, generator=g, device=device) for g in generators]
-        loss, metrics = score(each_run(drawn))
+        loss, metrics = score(each_run(torch.stack(drawn)))
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()

@@ -39,7 +39,8 @@ from torch.func import functional_call, stack_module_state
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.args import FeedbackArgs, OutputArgs, check_args
+from common.args import FeedbackArgs, GraphArgs, check_args
+from common.capture import captured
 from common.cli import UserError, get_device, parse_args, run_main
 from common.dataset import load_dataset
 from common.dropout import dropout_masks
@@ -49,7 +50,7 @@ from common.tasks import get_task
 
 
 @dataclass
-class Args(OutputArgs, FeedbackArgs):
+class Args(GraphArgs, FeedbackArgs):
     """Unified Comparison: safe before unsafe, then better before worse, as one preference."""
 
     # ---- objective
@@ -211,17 +212,20 @@ def main() -> None:
         for name, p in parameters.items()
     }  # [S, K, ...]
     optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-    first, last = args.bc_steps + 1, args.bc_steps + args.steps
-    for step in run.steps("align", first, last, parameters, generators, optimizer=optimizer):
-        # 1. draw a batch of pairs for each seed
+
+    def align() -> dict[str, Tensor]:
+        """A step of alignment: the loss of every run, eq. 4, on pairs drawn for each seed."""
         batch = draw(num_pairs, args.batch_size, args.batch_size * 2 * length)
-        # 2. the loss of every run, eq. 4
         loss, metrics = all_runs(parameters, direction, (starts, ref_log_prob, *batch))
-        # 3. theta descends
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
-        run.log("align", step, metrics)
+        return metrics
+
+    align = captured(align, optimizer, generators, args.cudagraphs)
+    first, last = args.bc_steps + 1, args.bc_steps + args.steps
+    for step in run.steps("align", first, last, parameters, generators, optimizer=optimizer):
+        run.log("align", step, align())
         run.evaluate("align", step, parameters)
     run.finish(parameters, final={}, stage_ends=args.bc_steps)
 

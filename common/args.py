@@ -6,7 +6,7 @@ A script's ``Args`` begins with these; what follows in its own file is the metho
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import check_numbers
+from common.cli import UserError, check_numbers, get_device
 
 
 @dataclass
@@ -71,6 +71,14 @@ class OutputArgs:
     """log to Weights & Biases as well (WANDB_MODE=offline works)"""
 
 
+@dataclass
+class GraphArgs(OutputArgs):
+    """Of the methods whose networks are too small to keep a GPU busy by themselves."""
+
+    cudagraphs: bool = False
+    """replay each step as one CUDA graph, see common/capture.py (ours; not yet run on a GPU)"""
+
+
 def check_args(
     args: OutputArgs, shares: tuple[str, ...] = (), below_1: tuple[str, ...] = ()
 ) -> None:
@@ -82,7 +90,9 @@ def check_args(
         below_1: fields of its own that must lie below 1.
 
     Raises:
-        UserError: names the first flag that is out of its range.
+        UserError: names the first flag that is out of its range, or that this machine cannot do.
     """
+    if getattr(args, "cudagraphs", False) and get_device(args.device).type != "cuda":
+        raise UserError("--cudagraphs: needs a CUDA GPU, and training is on the CPU here")
     shares = ("preference_noise", "label_noise", *shares)
     check_numbers(args, {"eval_episodes": 0}, shares, below_1=("dropout", *below_1))

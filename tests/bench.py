@@ -26,13 +26,13 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from algorithms import bc_all, cdt, presa
+from common.capture import captured
 from common.cli import check_numbers, cpu_cores, get_device, parse_args, run_main
 from common.dataset import Dataset, load_dataset
 from common.evaluation import EPISODES_PER_UNIT, Evaluator, play
@@ -41,14 +41,14 @@ from common.simulators import import_gymnasium, make
 from common.tasks import get_task, reference_returns, segment_length
 
 TASK = get_task("BallRun")
-PARTS = ("step", "scaling", "bc", "cdt", "evaluation", "start")
+PARTS = ("step", "scaling", "settings", "bc", "cdt", "evaluation", "start")
 
 
 @dataclass
 class Args:
     """Measure the speed of training and evaluation on the bundled BallRun data."""
 
-    parts: tuple[Literal["step", "scaling", "bc", "cdt", "evaluation", "start"], ...] = PARTS
+    parts: tuple[Literal[PARTS], ...] = PARTS
     """what to measure"""
     rounds: int = 3
     """times that everything is measured, alternating"""
@@ -153,15 +153,17 @@ def products(runs: int, device: torch.device) -> Callable[[], None]:
     inputs = [torch.randn(runs, rows, n, device=device) for n in sizes]
     weights = [torch.randn(runs, sizes[i], sizes[i + 1], device=device) for i in range(3)]
 
-    def step() -> None:
+    def step() -> dict:
         for i in range(3):
             torch.bmm(inputs[i], weights[i])
         for i in reversed(range(3)):
             torch.bmm(inputs[i].mT, inputs[i + 1])  # the weight's gradient
             if i:
                 torch.bmm(inputs[i + 1], weights[i].mT)  # the input's
+        return {}
 
-    return step
+    none = torch.optim.SGD(weights)
+    return captured(step, none, [], enabled=device.type == "cuda")
 
 
 class Transitions(torch.utils.data.IterableDataset):
@@ -219,18 +221,65 @@ class UsualBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class UsualTransformer(nn.Module):
+    """CDT's transformer out of torch's own layers."""
+
+    def __init__(self):
+        super().__init__()
+        args, width = cdt.Args(), cdt.Args().width
+        sizes = (1, 1, TASK.observation_dim, TASK.action_dim)
+        self.embed = nn.ModuleList(nn.Linear(n, width) for n in sizes)
+        self.embed_time = nn.Embedding(TASK.horizon, width)
+        self.blocks = nn.ModuleList(UsualBlock(width, args.heads) for _ in range(args.layers))
+        self.first_norm, self.last_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(args.dropout)
+        self.heads = nn.ModuleList(
+            nn.Linear(width, n) for n in (TASK.action_dim, TASK.action_dim, 1)
+        )
+
+    def forward(self, tokens: list[torch.Tensor], when: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Four tokens [B, K, .] and steps [B, K] -> mean, log-deviation, cost's logit [B, K, .]."""
+        batch, steps = when.shape
+        mask = torch.ones(4 * steps, 4 * steps, dtype=torch.bool, device=when.device).triu(1)
+        parts = [e(x) + self.embed_time(when) for e, x in zip(self.embed, tokens, strict=True)]
+        x = self.dropout(self.first_norm(torch.stack(parts, 2).flatten(1, 2)))
+        for block in self.blocks:
+            x = block(x, mask)
+        x = self.last_norm(x).view(batch, steps, 4, -1)
+        mean, log_std, cost = (
+            head(x[:, :, i]) for head, i in zip(self.heads, (2, 2, 3), strict=True)
+        )
+        return mean, -1.5 + 3.5 * torch.tanh(log_std), cost[..., 0]
+
+
+class UsualActor:
+    """Play one episode with it, as a Decision Transformer's evaluation is usually written."""
+
+    def __init__(self, model: UsualTransformer):
+        self.model, self.togo = model.eval(), torch.tensor([50.0, 20.0])
+        self.history: list[list[torch.Tensor]] = []
+
+    def __call__(self, observations: np.ndarray) -> np.ndarray:
+        """Observations [1, .] -> actions [1, .]."""
+        unknown = torch.zeros(1, TASK.action_dim)
+        step = [self.togo[:1], self.togo[1:], torch.from_numpy(observations)[0], unknown[0]]
+        self.history.append(step)
+        known = self.history[-cdt.Args().context :]
+        tokens = [torch.stack(x)[None] for x in zip(*known, strict=True)]
+        when = torch.arange(len(self.history))[-len(known) :][None]
+        action = self.model(tokens, when)[0][:, -1]
+        step[3] = action[0]
+        return action.numpy()
+
+    def observe(self, rewards: np.ndarray, costs: np.ndarray) -> None:
+        """What the step brought, [1] each."""
+        self.togo = self.togo - torch.tensor([0.1 * rewards[0], costs[0]], dtype=torch.float32)
+
+
 def usual_cdt(dataset: Dataset, batch_size: int, device: torch.device) -> Callable[[], None]:
     """An update of CDT on sequences that are cut out and stacked one by one on the host."""
-    args, width, steps = cdt.Args(), 128, cdt.Args().context
-    sizes = (1, 1, TASK.observation_dim, TASK.action_dim)
-    embed = nn.ModuleList(nn.Linear(n, width) for n in sizes)
-    blocks = nn.ModuleList(UsualBlock(width, args.heads) for _ in range(args.layers))
-    head = nn.ModuleList(nn.Linear(width, n) for n in (TASK.action_dim, TASK.action_dim, 1))
-    model = nn.ModuleList((embed, blocks, head, nn.Embedding(TASK.horizon, width))).to(device)
-    norms = nn.ModuleList((nn.LayerNorm(width), nn.LayerNorm(width))).to(device)
-    parameters = [*model.parameters(), *norms.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    mask = torch.ones(4 * steps, 4 * steps, dtype=torch.bool, device=device).triu(1)
+    args, steps, model = cdt.Args(), cdt.Args().context, UsualTransformer().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     rng, log_temperature = np.random.default_rng(0), torch.zeros(1, device=device)
     lengths = dataset.episode_ends - dataset.episode_starts
     togo = [dataset.to_go(x)[:, None] for x in (dataset.rewards, dataset.costs)]
@@ -247,18 +296,11 @@ def usual_cdt(dataset: Dataset, batch_size: int, device: torch.device) -> Callab
     def step() -> None:
         stacked = [np.stack(x) for x in zip(*(sequence() for _ in range(batch_size)), strict=True)]
         *tokens, costs, valid, when = (torch.from_numpy(x).to(device) for x in stacked)
-        parts = [layer(x) + model[3](when) for layer, x in zip(embed, tokens, strict=True)]
-        x = F.dropout(norms[0](torch.stack(parts, 2).flatten(1, 2)), 0.1)
-        for block in blocks:
-            x = block(x, mask)
-        x = norms[1](x).view(batch_size, steps, 4, width)
-        log_std = -1.5 + 3.5 * torch.tanh(head[1](x[:, :, 2]))
-        output = head[0](x[:, :, 2]), log_std, head[2](x[:, :, 3])[..., 0]
-        many = [y[None] for y in (*output, tokens[3], costs[..., 0], valid.float())]
+        many = [y[None] for y in (*model(tokens, when), tokens[3], costs[..., 0], valid.float())]
         loss, _ = cdt.cdt_loss(tuple(many[:3]), *many[3:], log_temperature, args.cost_weight)
         optimizer.zero_grad()
         loss.sum().backward()
-        nn.utils.clip_grad_norm_(parameters, args.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
 
     return step
@@ -287,10 +329,11 @@ def alternating(args: Args, measures: dict[str, Callable[[], float]]) -> dict[st
 
 
 def flags(args: Args, seeds: int, limits: str = "10 20 40") -> str:
-    """Of PreSa: as many steps of alignment as a measurement has."""
+    """Of PreSa: as many steps of alignment as a measurement has; on a GPU they are captured."""
     chosen = " ".join(map(str, range(seeds)))
     few = f"--bc-steps 1 --steps {args.steps}"
-    return f"--seeds {chosen} --cost-limits {limits} {few} --device {args.device}"
+    how = " --cudagraphs" if get_device(args.device).type == "cuda" else ""
+    return f"--seeds {chosen} --cost-limits {limits} {few} --device {args.device}{how}"
 
 
 def bench_step(args: Args, dataset: Dataset, device: torch.device) -> None:
@@ -331,12 +374,43 @@ def bench_scaling(args: Args, dataset: Dataset, device: torch.device) -> None:
     )
 
 
+def presa_step(flags: str, threads: int, compiled: bool) -> tuple[float, float]:
+    """Seconds a step of PreSa takes, and its first one, in a worker."""
+    torch.set_num_threads(threads)
+    if compiled:
+        presa.captured = lambda update, *others: torch.compile(update)
+    started = time.perf_counter()
+    median = script_step(presa, "align", flags)
+    return median, Clock.times["align"][0] - started
+
+
+def bench_settings(args: Args, dataset: Dataset, device: torch.device) -> None:
+    """Other ways to run PreSa's step of nine runs on a CPU."""
+    ways = {
+        "eager, as the script is": (cpu_cores(), False),
+        "eager, one thread": (1, False),
+        "torch.compile of the step": (cpu_cores(), True),
+    }
+    context, chosen = multiprocessing.get_context("spawn"), flags(args, 3)
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(args.rounds):
+        for name, way in ways.items():
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                taken[name].append(pool.submit(presa_step, chosen, *way).result())
+    steps = {name: [1e3 * step for step, _ in both] for name, both in taken.items()}
+    started = {name: [start for _, start in both] for name, both in taken.items()}
+    rows = [(name, steps[name], "ms", steps["eager, as the script is"]) for name in ways]
+    rows += [(f"  first step, {name}", started[name], "s", None) for name in ways]
+    show("PreSa, a gradient step of R = 9 on a CPU, other ways (x: of the script's)", rows)
+
+
 def bench_bc(args: Args, dataset: Dataset, device: torch.device) -> None:
     """Behaviour cloning, one policy, against a data loader: the field's, and a leaner one."""
     read = map(torch.from_numpy, (dataset.observations, dataset.actions))
     pairs = usual_bc(torch.utils.data.TensorDataset(*read), 1, device)
     usual = usual_bc(Transitions(dataset), 2, device)
-    chosen = f"--seeds 0 --steps {args.steps} --device {args.device}"
+    how = " --cudagraphs" if device.type == "cuda" else ""
+    chosen = f"--seeds 0 --steps {args.steps} --device {args.device}{how}"
     taken = alternating(
         args,
         {
@@ -357,22 +431,32 @@ def bench_bc(args: Args, dataset: Dataset, device: torch.device) -> None:
     )
 
 
-def cdt_rate(episodes: int, repeats: int) -> float:
-    """Steps a second of so many episodes of CDT played at once, on one core, in a worker."""
+def cdt_rate(episodes: int) -> float:
+    """Steps a second of so many episodes of CDT played at once, on one core, in a worker.
+
+    0: one at a time, by a transformer of torch's own layers.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
     import_gymnasium()
     config = {"heads": 8, "context": 10, "reward_scale": 0.1}
-    parameters = cdt.init_parameters(0, TASK, cdt.Args())
-    targets = np.tile([500.0, 20.0], (episodes, 1))
-    started = time.perf_counter()
-    for _ in range(repeats):
-        play(TASK, cdt.load_policy(config, parameters, targets), list(range(episodes)))
-    return episodes * repeats * TASK.horizon / (time.perf_counter() - started)
+    parameters, usual = cdt.init_parameters(0, TASK, cdt.Args()), UsualTransformer()
+
+    def play_once() -> None:
+        targets = np.tile([500.0, 20.0], (episodes, 1))
+        act = cdt.load_policy(config, parameters, targets) if episodes else UsualActor(usual)
+        play(TASK, act, list(range(episodes or 1)))
+
+    play_once()  # the environments are there
+    started, count = time.perf_counter(), 0
+    while (taken := time.perf_counter() - started) < 2:
+        play_once()
+        count += (episodes or 1) * TASK.horizon
+    return count / taken
 
 
 def bench_cdt(args: Args, dataset: Dataset, device: torch.device) -> None:
-    """CDT's update and its evaluation, one process."""
+    """CDT's update and its evaluation, against torch's layers."""
     usual, few = usual_cdt(dataset, 128, device), max(6, args.steps // 4)
     many = EPISODES_PER_UNIT * len(TASK.cost_limits)  # as the scripts do
     chosen = f"--seeds 0 --steps {few} --batch-size 128 --device {args.device}"
@@ -382,8 +466,9 @@ def bench_cdt(args: Args, dataset: Dataset, device: torch.device) -> None:
             {
                 "ours": lambda: 1e3 * script_step(cdt, "cdt", chosen),
                 "usual": lambda: 1e3 * timed(usual, few),
-                "many": lambda: pool.submit(cdt_rate, many, 1).result(),
-                "one": lambda: pool.submit(cdt_rate, 1, 3).result(),
+                "many": lambda: pool.submit(cdt_rate, many).result(),
+                "one": lambda: pool.submit(cdt_rate, 1).result(),
+                "layers": lambda: pool.submit(cdt_rate, 0).result(),
             },
         )
     show(
@@ -395,6 +480,8 @@ def bench_cdt(args: Args, dataset: Dataset, device: torch.device) -> None:
             (f"evaluation, {many} episodes at once", taken["many"], "steps/s", None),
             ("evaluation, one episode at a time", taken["one"], "steps/s", None),
             (f"  {many} over one", taken["many"], "steps/s", taken["one"]),
+            ("evaluation, torch's layers, one at a time", taken["layers"], "steps/s", None),
+            (f"  {many} over this", taken["many"], "steps/s", taken["layers"]),
         ],
     )
 
@@ -494,6 +581,8 @@ def main() -> None:
         name = name if device.type == "cuda" else models[0]
     print(f"{device.type}: {name}, {cpu_cores()} cores, torch {torch.__version__}")
     for part in args.parts:
+        if part == "settings" and device.type == "cuda":
+            continue
         globals()[f"bench_{part}"](args, dataset, device)
 
 

@@ -1,0 +1,150 @@
+"""A captured step is the plain step: played back on a CPU, it trains the same policy."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from algorithms import bc_all, bc_safe, bc_safe_seg, binary_alignment, presa, unified_comparison
+from common.capture import EAGER_STEPS, captured
+
+METHODS = (presa, bc_all, bc_safe, bc_safe_seg, binary_alignment, unified_comparison)
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is, for a CPU: a list of operations on fixed memory.
+
+    While it records, nothing is done for good: what is written to, and every registered generator,
+    is put back afterwards. ``replay`` does the operations again, on the same tensors and without
+    the Python around them. It stands in for ``torch.cuda.CUDAGraph``; streams, memory pools and
+    kernels are not in it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.generators, self.before, self.replays = [], [], [], 0
+
+    def register_generator_state(self, generator):
+        self.generators.append(generator)
+
+    def __enter__(self):
+        self.before = [(g.set_state, g.get_state()) for g in self.generators]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        with torch.no_grad():
+            for restore, value in reversed(self.before):
+                restore(value)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert torch.Tag.data_dependent_output not in function.tags, f"{function}: the host waits"
+        drawn = {x._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Generator)}
+        assert drawn <= {g._cdata for g in self.generators}, f"{function}: who draws?"
+        for place, argument in enumerate(function._schema.arguments):
+            if argument.alias_info and argument.alias_info.is_write:
+                value = args[place] if place < len(args) else kwargs[argument.name]
+                written = [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+                self.before += [(x.copy_, x.clone()) for x in written]
+        result = function(*args, **kwargs)
+        returned = [out.alias_info for out in function._schema.returns]
+        if not any(alias and not alias.is_write for alias in returned):  # a view follows its base
+            self.operations.append((function, args, kwargs, result))
+        return result
+
+    def replay(self):
+        self.replays += 1
+        with torch.no_grad():
+            for function, args, kwargs, result in self.operations:
+                again = tree_leaves(function(*args, **kwargs))
+                for place, new in zip(tree_leaves(result), again, strict=True):
+                    if isinstance(place, torch.Tensor) and place is not new:
+                        place.copy_(new)
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Lets ``captured`` work on a CPU: each graph is a tape, and there are no streams."""
+
+    class Stream:
+        def wait_stream(self, other): ...
+
+    made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Tape()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return made
+
+
+@pytest.mark.parametrize("module", METHODS, ids=lambda m: m.__name__.rpartition(".")[2])
+def test_two_hundred_captured_steps_train_the_policy_that_plain_ones_do(
+    module, two_armed, run_of, tapes, monkeypatch
+):
+    flags = ["--steps", 204, "--hidden-size", 16, "--seeds", 0, 1, "--log-every", 1]
+    if "num_pairs" in module.Args.__dataclass_fields__:
+        flags += ["--num-pairs", 200]
+    if "bc_steps" in module.Args.__dataclass_fields__:
+        flags += ["--bc-steps", 20]
+    plain = run_of(module, two_armed, *flags)
+    assert not tapes
+    monkeypatch.setattr(module, "captured", lambda *args: captured(*args[:-1], enabled=True))
+    replayed = run_of(module, two_armed, *flags)
+    (tape,) = tapes
+    assert tape.replays == 204 - EAGER_STEPS > 200
+    assert replayed[0] == plain[0]  # the rows of metrics.csv, of single steps
+    for name, value in plain[2]["parameters"].items():
+        assert torch.equal(replayed[2]["parameters"][name], value), name
+
+
+def step_of(tapes, update, generators=()):
+    """``update``, captured, five times: what the last returned."""
+    optimizer = torch.optim.Adam([torch.zeros(1)])
+    step = captured(update, optimizer, list(generators), enabled=True)
+    assert optimizer.param_groups[0]["capturable"]
+    return [step() for _ in range(EAGER_STEPS + 2)][-1]
+
+
+def test_a_step_that_a_graph_cannot_hold_is_told_apart(tapes):
+    x, draws = torch.zeros(3), torch.Generator()
+
+    def waits():
+        return {"loss": x + x.sum().item()}
+
+    def draws_unregistered():
+        return {"loss": torch.rand(3, generator=draws)}
+
+    with pytest.raises(AssertionError, match="the host waits"):
+        step_of(tapes, waits)
+    with pytest.raises(AssertionError, match="who draws"):
+        step_of(tapes, draws_unregistered)
+    assert step_of(tapes, draws_unregistered, [draws])["loss"].shape == (3,)
+
+    # and one that keeps its state in Python, not in place, stands still
+    def counts():
+        counts.value = counts.value + 1
+        return {"loss": counts.value}
+
+    counts.value = torch.zeros(())
+    assert step_of(tapes, counts)["loss"] == EAGER_STEPS + 1
+
+
+def test_what_a_captured_step_returned_is_not_overwritten_by_the_next(tapes):
+    x = torch.zeros(())
+    step = captured(
+        lambda: {"loss": x.add_(1)}, torch.optim.Adam([torch.zeros(1)]), [], enabled=True
+    )
+    values = [step()["loss"] for _ in range(EAGER_STEPS + 3)][EAGER_STEPS:]
+    assert values == [EAGER_STEPS + 1, EAGER_STEPS + 2, EAGER_STEPS + 3]
+
+
+@pytest.mark.parametrize("module", METHODS, ids=lambda m: m.__name__.rpartition(".")[2])
+def test_without_a_gpu_the_flag_says_so_and_nothing_is_written(module, run_script, tmp_path):
+    flags = ("--data", "bundled", "--device", "cpu", "--output-dir", tmp_path, "--cudagraphs")
+    code, _, stderr = run_script(module.main, *flags)
+    assert code == 2 and "--cudagraphs: needs a CUDA GPU" in stderr
+    assert not list(tmp_path.iterdir())
