@@ -16,7 +16,7 @@ the command, the versions and the seed it was made with.
 
 Between a policy that keeps the limit and one that breaks it at every step there may be none: then
 ``--relays`` has a cautious and a bold expert share an episode, each as it was at some time in the
-second half of learning, one taking over from the other at a random step.
+second half of learning, one taking over from the other; the bold one mostly plays the lesser part.
 
 M experts are stacked along a leading axis and act in one forward pass; the environments are stepped
 by worker processes. Each environment has its own random stream, so that the number of workers
@@ -95,7 +95,7 @@ class Args:
     sweeps: float = 1.0
     """how often a limit goes from max-cost to 0 and back (measured)"""
     sweep_power: float = 1.5
-    """above 1, a limit stays longer with small costs, where limits matter most (measured)"""
+    """above 1, more is tried at small costs, where limits matter most (measured)"""
     multiplier_p: float = 2.0
     """proportional gain of the multiplier, per (cost - limit) / max-cost (measured)"""
     multiplier_i: float = 0.1
@@ -322,8 +322,9 @@ def roll_out(
 class Relay:
     """Experts of the past, two of which share an episode."""
 
-    def __init__(self, std: float, seed: int):
-        self.std, self.rng = std, np.random.default_rng(seed)
+    def __init__(self, std: float, power: float, seed: int):
+        """power: the bold one's share of an episode is a uniform number to the power of it."""
+        self.std, self.power, self.rng = std, power, np.random.default_rng(seed)
         self.past: list[dict[str, np.ndarray]] = []  # actors, and moments of the observations
 
     def remember(
@@ -342,8 +343,8 @@ class Relay:
         """Have pairs of them act from now on, also in the episodes under way."""
         self.environments, self.horizon = environments, horizon
         order = np.argsort([p["limit"] for p in self.past], kind="stable")
-        third = -(-len(order) // 3)
-        self.cautious, self.bold = order[:third], order[-third:]
+        third, sixth = -(-len(order) // 3), -(-len(order) // 6)
+        self.cautious, self.bold = order[:third], order[-sixth:]
         self.pair = np.zeros((len(environments.elapsed), 2), int)
         self.switch = np.zeros(len(environments.elapsed), int)
         self.parameters = {name: np.stack([p[name] for p in self.past]) for name in self.past[0]}
@@ -353,8 +354,10 @@ class Relay:
         """Of each new episode, one cautious and one bold expert in either order, and the step."""
         n = new.sum()
         pair = np.stack([self.rng.choice(part, n) for part in (self.cautious, self.bold)], 1)
-        self.pair[new] = self.rng.permuted(pair, axis=1)
-        self.switch[new] = self.rng.integers(self.horizon, size=n)
+        bold_first = self.rng.random(n) < 0.5
+        self.pair[new] = np.where(bold_first[:, None], pair[:, ::-1], pair)
+        bold_steps = self.horizon * self.rng.random(n) ** self.power
+        self.switch[new] = np.where(bold_first, bold_steps, self.horizon - bold_steps)
 
     def act(self, observations: np.ndarray) -> np.ndarray:
         """[envs, .] -> [envs, .]; at an episode's start draw who plays it and when it changes."""
@@ -517,7 +520,7 @@ def main() -> None:
 
     iterations = -(-args.steps // (args.rollout * args.envs))
     learning = max(1, round((1 - args.relays) * iterations))  # the others are relays
-    relay, remember_every = Relay(args.std_end, args.seed), max(1, learning // 20)
+    relay, remember_every = Relay(args.std_end, args.sweep_power, args.seed), max(1, learning // 20)
     bar = progress_bar(total=iterations)
 
     def show() -> None:

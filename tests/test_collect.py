@@ -189,7 +189,7 @@ def test_in_a_relay_one_expert_takes_over_from_the_other():
         for parameter in (*experts.weights.values(), *experts.biases.values()):
             parameter.zero_()
         experts.biases["actor2"][:, 0, 0] = torch.tensor([-0.5, 0.5])
-    relay = collect.Relay(std=1e-6, seed=0)
+    relay = collect.Relay(std=1e-6, power=1.0, seed=0)
     relay.remember(experts, np.array([0.0, 40.0]), np.zeros(3), np.ones(3))
     environments = mock.Mock(elapsed=np.zeros(50, int))
     relay.start(environments, horizon=20)
@@ -213,11 +213,25 @@ def test_in_a_relay_one_expert_takes_over_from_the_other():
     assert (relay.switch != before).any(), "a new episode, a new pair"
 
 
+@pytest.mark.parametrize(("power", "share"), [(1.0, 1 / 2), (2.5, 1 / 3.5)])
+def test_the_bold_one_plays_its_share_of_a_relay(power, share):
+    experts = collect.Experts(2, 3, 1, 4)
+    relay = collect.Relay(std=0.1, power=power, seed=0)
+    relay.remember(experts, np.array([0.0, 40.0]), np.zeros(3), np.ones(3))
+    relay.start(mock.Mock(elapsed=np.zeros(4000, int)), horizon=1000)
+    bold_first = relay.pair[:, 0] == 1
+    assert bold_first.mean() == pytest.approx(0.5, abs=0.03)
+    for first in (bold_first, ~bold_first):
+        mine = np.where(bold_first, relay.switch, 1000 - relay.switch)[first] / 1000
+        assert mine.mean() == pytest.approx(share, abs=0.02)
+        assert mine.min() >= 0 and mine.max() <= 1
+
+
 def test_an_experts_past_acts_as_it_did():
     torch.manual_seed(0)
     experts = collect.Experts(2, 3, 2, 8)
     mean, variance = np.array([0.5, -1.0, 2.0]), np.array([1.0, 4.0, 0.25])
-    relay = collect.Relay(std=1e-7, seed=0)
+    relay = collect.Relay(std=1e-7, power=1.0, seed=0)
     relay.remember(experts, np.array([0.0, 40.0]), mean, variance)
     observations = np.random.default_rng(0).normal(size=(6, 3))
     scaled = torch.tensor((observations - mean) / np.sqrt(variance), dtype=torch.float)
