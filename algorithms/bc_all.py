@@ -29,10 +29,10 @@ from torch.func import functional_call, stack_module_state
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.args import GraphArgs, TaskArgs, check_args
-from common.capture import captured
 from common.cli import get_device, parse_args, run_main
 from common.dataset import get_cost_limits, load_dataset
 from common.dropout import dropout_masks
+from common.gpu import captured
 from common.results import Run
 from common.tasks import get_task
 

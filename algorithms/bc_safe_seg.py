@@ -32,11 +32,11 @@ from torch.func import functional_call, stack_module_state
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.args import GraphArgs, LabelArgs, check_args
-from common.capture import captured
 from common.cli import get_device, parse_args, run_main
 from common.dataset import load_dataset
 from common.dropout import dropout_masks
 from common.feedback import get_feedback
+from common.gpu import captured
 from common.results import Run
 from common.tasks import get_task
 

@@ -51,11 +51,11 @@ from torch.func import functional_call, stack_module_state
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.args import FeedbackArgs, GraphArgs, check_args
-from common.capture import captured
 from common.cli import get_device, parse_args, run_main
 from common.dataset import load_dataset
 from common.dropout import dropout_masks
 from common.feedback import get_feedback
+from common.gpu import captured, log_sigmoid
 from common.results import Run
 from common.tasks import get_task
 
@@ -138,8 +138,8 @@ def preference_loss(score: Tensor, has_preference: Tensor, alpha: float) -> Tens
 
     score is [B, 2], of preferred and rejected; has_preference [B], 1 or 0.
     """
-    advantage = alpha * score  # eq. 3, summed over the segment
-    loss = -F.logsigmoid(advantage[:, 0] - advantage[:, 1])  # eq. 2, 4
+    preferred, rejected = (alpha * score).unbind(1)  # eq. 3, summed over the segment
+    loss = -log_sigmoid(preferred - rejected)  # eq. 2, 4
     return (has_preference * loss).sum() / has_preference.sum().clamp(min=1)
 
 
@@ -185,7 +185,8 @@ def presa_loss(
     loss = (args.objective != "safety") * preference + nu * violation  # eq. 15
 
     safe, unsafe = (safe_label > 0).float(), (safe_label < 0).float()
-    right = (score[:, 0] > score[:, 1]).float()
+    preferred, rejected = score.unbind(1)
+    right = (preferred > rejected).float()
     metrics = {
         "loss": loss,
         "preference_loss": preference,

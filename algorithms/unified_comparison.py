@@ -40,11 +40,11 @@ from torch.func import functional_call, stack_module_state
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.args import FeedbackArgs, GraphArgs, check_args
-from common.capture import captured
 from common.cli import UserError, get_device, parse_args, run_main
 from common.dataset import load_dataset
 from common.dropout import dropout_masks
 from common.feedback import get_feedback
+from common.gpu import captured, log_sigmoid
 from common.results import Run
 from common.tasks import get_task
 
@@ -122,10 +122,10 @@ def preference_loss(
 
     score is [B, 2], of both segments; direction [B] is +1, -1, or 0 of a pair that is left out.
     """
-    advantage = alpha * score  # eq. 3, summed over the segment
-    margin = direction * (advantage[:, 0] - advantage[:, 1])
+    first, second = (alpha * score).unbind(1)  # eq. 3, summed over the segment
+    margin = direction * (first - second)
     known = direction.abs()
-    loss = -(known * F.logsigmoid(margin)).sum() / known.sum().clamp(min=1)  # eq. 2, 4
+    loss = -(known * log_sigmoid(margin)).sum() / known.sum().clamp(min=1)  # eq. 2, 4
     metrics = {
         "loss": loss,
         "preference_accuracy": masked_mean((margin > 0).float(), known),

@@ -68,7 +68,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """
     path = folder / "checkpoint.pt"
     try:
-        return dict(torch.load(path, weights_only=True))
+        return dict(torch.load(path, weights_only=True, map_location="cpu"))
     except FileNotFoundError:
         raise UserError(
             f"--resume {folder}: there is no checkpoint.pt in it; give the folder of a run that "

@@ -189,8 +189,12 @@ class Run:
         saved = first - 1
         for step in range(first, last + 1):
             yield step
-            due = step - saved >= self.args.checkpoint_every and step < self.total_steps
-            if due and not self.pending and not self.playing:  # what is under way is not kept
+            intervals = (step - saved) // self.args.checkpoint_every
+            if not intervals or step == self.total_steps or self.pending:
+                continue  # metrics and evaluations under way are not kept
+            if intervals > 1:  # an evaluation may outlast the time to the next
+                self._take_scores()
+            if not self.playing:
                 self._save_checkpoint(stage, step, parameters, generators, others)
                 saved = step
         self.done[stage] = {name: p.detach().clone() for name, p in parameters.items()}

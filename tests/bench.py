@@ -32,11 +32,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from algorithms import bc_all, cdt, presa
-from common.capture import captured
 from common.cli import check_numbers, cpu_cores, get_device, parse_args, run_main
 from common.dataset import Dataset, load_dataset
 from common.evaluation import EPISODES_PER_UNIT, Evaluator, play
 from common.feedback import make_feedback
+from common.gpu import captured
 from common.simulators import import_gymnasium, make
 from common.tasks import get_task, reference_returns, segment_length
 

@@ -288,6 +288,19 @@ def test_training_goes_on_while_an_evaluation_is_played(tmp_path, run_script, mo
     assert curves[0] == curves[1] and curves[0]["step"] == [40, 80, 100]
 
 
+def test_evaluations_that_outlast_the_time_between_them_keep_no_checkpoint_away(
+    tmp_path, run_script, monkeypatch
+):
+    saved, save = [], Run._save_checkpoint
+    monkeypatch.setattr(Playing, "done", lambda self: False)
+    monkeypatch.setattr("common.results.cpu_cores", lambda: 1000)
+    monkeypatch.setattr(Run, "_save_checkpoint", lambda *a: saved.append(a[2]) or save(*a))
+    every = ("--eval-every", 20, "--log-every", 10, "--checkpoint-every", 20)
+    code, _, error = run_script(presa.main, *SMALL, *every, "--output-dir", tmp_path)
+    assert code == 0, error
+    assert saved == [40, 80]
+
+
 def test_training_needs_no_simulator(two_armed, tmp_path):
     """Where none can be imported, training and its files work with --eval-episodes 0."""
     for name in ("gymnasium", "dsrl", "pybullet", "bullet_safety_gym"):

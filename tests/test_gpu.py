@@ -1,14 +1,21 @@
-"""A captured step is the plain step: played back on a CPU, it trains the same policy."""
+"""What a GPU does, as far as a CPU can tell.
+
+A captured step, played back, trains the same policy as the plain one; and torch's own model of a
+GPU, tensors without data, takes the losses through the two maps that training puts around them.
+"""
 
 import contextlib
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from algorithms import bc_all, bc_safe, bc_safe_seg, binary_alignment, presa, unified_comparison
-from common.capture import EAGER_STEPS, captured
+from common.gpu import EAGER_STEPS, captured, log_sigmoid
 
 METHODS = (presa, bc_all, bc_safe, bc_safe_seg, binary_alignment, unified_comparison)
 
@@ -148,3 +155,59 @@ def test_without_a_gpu_the_flag_says_so_and_nothing_is_written(module, run_scrip
     code, _, stderr = run_script(module.main, *flags)
     assert code == 2 and "--cudagraphs: needs a CUDA GPU" in stderr
     assert not list(tmp_path.iterdir())
+
+
+def on_a_gpu(loss, *shapes):
+    """Shapes of what ``loss`` returns of one run, mapped over 2 seeds and 3 limits on a GPU."""
+    with FakeTensorMode(), torch.no_grad():
+        arguments = [torch.empty(2, 3, *shape, device="cuda") for shape in shapes]
+        value, metrics = torch.vmap(torch.vmap(loss))(*arguments)
+        assert {x.device.type for x in (value, *metrics.values())} == {"cuda"}
+        return {x.shape for x in (value, *metrics.values())}
+
+
+def test_a_gpu_takes_every_loss_mapped_twice():
+    each, pair, one, args = (8, 2), (8,), (), presa.Args()
+    assert on_a_gpu(
+        lambda score, label, weight, known, nu: presa.presa_loss(
+            score, (label, weight, known), nu, args
+        ),
+        *(each, each, each, pair, one),
+    ) == {(2, 3)}
+    assert on_a_gpu(
+        lambda *batch: binary_alignment.alignment_loss(*batch, args.beta), each, each, each
+    ) == {(2, 3)}
+    assert on_a_gpu(
+        lambda *batch: unified_comparison.preference_loss(*batch, args.alpha), each, pair
+    ) == {(2, 3)}
+
+
+@pytest.mark.parametrize("module", METHODS, ids=lambda m: m.__name__.rpartition(".")[2])
+def test_a_gpu_takes_every_policy_mapped_twice(module):
+    policy = module.Policy(7, 2, 16)
+    shapes = {name: p.shape for name, p in policy.named_parameters()}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        parameters = {n: torch.empty(2, 3, *x, device="cuda") for n, x in shapes.items()}
+        observation, masks = (torch.empty(2, *x, device="cuda") for x in ((5, 7), (2, 5, 16)))
+
+        def act(parameters, observation, masks):
+            mean = functional_call(policy, parameters, (observation, masks.unbind(0)))
+            return module.log_prob(mean, torch.zeros_like(mean))
+
+        mapped = torch.vmap(torch.vmap(act, in_dims=(0, None, None)))
+        assert mapped(parameters, observation, masks).shape == (2, 3, 5)
+
+
+def test_log_sigmoid_is_torchs():
+    x = torch.linspace(-60, 60, 2001)
+    assert torch.equal(log_sigmoid(x), F.logsigmoid(x))
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    # what it is on a GPU, and the reason for it: where this no longer fails, torch's own will do
+    torch.testing.assert_close(
+        log_sigmoid(x.as_subclass(OnGpu)).as_subclass(torch.Tensor), log_sigmoid(x)
+    )
+    with FakeTensorMode(), pytest.raises(RuntimeError):
+        torch.vmap(torch.vmap(F.logsigmoid))(torch.empty(2, 3, 4, device="cuda"))

@@ -1,18 +1,27 @@
-"""A gradient step as one CUDA graph: the GPU replays it, and waits for Python no more.
+"""What a CUDA GPU wants done differently: a step as one graph, and a function it does not take.
 
 Small networks leave a GPU idle between the hundred-odd kernels of a step, each of which Python has
-to launch; a graph launches them all at once.
+to launch; a graph launches them all at once, and the GPU waits for Python no more.
 """
 
-import warnings
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Update = Callable[[], dict[str, Tensor]]
 
 EAGER_STEPS = 3  # before the capture: libraries and the optimiser set themselves up in them
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log sigmoid(x), element by element.
+
+    torch's own cannot be mapped twice on a GPU: its CUDA kernel returns an empty buffer beside the
+    result, of which each ``vmap`` takes a dimension (torch 2.13).
+    """
+    return -F.softplus(-x) if x.is_cuda else F.logsigmoid(x)
 
 
 def captured(
@@ -50,9 +59,7 @@ class _Captured:
         self.calls += 1
         if self.calls <= EAGER_STEPS:
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream), warnings.catch_warnings():
-                # Adam, told that it is to be captured, wonders why it is not yet.
-                warnings.filterwarnings("ignore", ".*without CUDA graph capture")
+            with torch.cuda.stream(self.stream):
                 metrics = self.update()
             torch.cuda.current_stream().wait_stream(self.stream)
             return metrics
