@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from common.args import OutputArgs, TaskArgs
+from common.args import GraphArgs, TaskArgs
 from common.cli import UserError, parse_args, whole_file
 from common.evaluation import ROOT, load_script
 from common.tasks import TASKS, segment_length
 
 PAPER = ROOT / "common" / "paper.json"
 # Flags of every script that say on what and how it is run, not what the method is.
-SHARED = {field.name for args in (TaskArgs, OutputArgs) for field in dataclasses.fields(args)}
+SHARED = {field.name for args in (TaskArgs, GraphArgs) for field in dataclasses.fields(args)}
 SIMULATORS = ("gymnasium", "dsrl", "bullet-safety-gym", "pybullet")
 BEST, BEST_TRUTH = "★", "†"
 DRAWS = 10_000  # of the bootstrap

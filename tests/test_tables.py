@@ -100,6 +100,15 @@ def rows_of(markdown):
     return {cells[0]: dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]}
 
 
+@pytest.mark.parametrize("how", [{"device": "cuda"}, {"cudagraphs": True}, {"eval_every": 7}])
+def test_how_a_run_was_made_does_not_keep_it_from_table_1(results, how):
+    before = tables_of(results)[0].markdown(marked=True, beside=False)
+    write(results, "presa", "CarRun", 0.6, 1.0, **FEEDBACK, **how)
+    table, sweeps = tables_of(results)
+    assert not sweeps
+    assert table.markdown(marked=True, beside=False) == before
+
+
 def test_means_bold_and_marks_of_table_1(results):
     table, sweeps = tables_of(results)
     assert not sweeps
