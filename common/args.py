@@ -76,7 +76,7 @@ class GraphArgs(OutputArgs):
     """Of the methods whose networks are too small to keep a GPU busy by themselves."""
 
     cudagraphs: bool = False
-    """replay each step as one CUDA graph, see common/gpu.py (ours; not yet run on a GPU)"""
+    """replay the steps of the last stage as a CUDA graph (common/gpu.py; ours, not yet run)"""
 
 
 def check_args(

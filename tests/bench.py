@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from common.gpu import captured
 from common.simulators import import_gymnasium, make
 from common.tasks import get_task, reference_returns, segment_length
 
+T = TypeVar("T")
 TASK = get_task("BallRun")
 PARTS = ("step", "scaling", "settings", "bc", "cdt", "evaluation", "start")
 
@@ -319,21 +320,25 @@ def show(title: str, rows: list[tuple[str, list[float], str, list[float] | None]
         print(f"  {name:<58}{statistics.median(values):10.2f} {unit:<10}{ratio}")
 
 
-def alternating(args: Args, measures: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+def alternating(args: Args, measures: dict[str, Callable[[], T]]) -> dict[str, list[T]]:
     """Every measure once a round."""
-    taken: dict[str, list[float]] = {name: [] for name in measures}
+    taken: dict[str, list[T]] = {name: [] for name in measures}
     for _ in range(args.rounds):
         for name, measure in measures.items():
             taken[name].append(measure())
     return taken
 
 
-def flags(args: Args, seeds: int, limits: str = "10 20 40") -> str:
-    """Of PreSa: as many steps of alignment as a measurement has; on a GPU they are captured."""
+def short_run(args: Args, seeds: int = 1) -> str:
+    """Flags of a run with as many steps as a measurement has; on a GPU they are captured."""
     chosen = " ".join(map(str, range(seeds)))
-    few = f"--bc-steps 1 --steps {args.steps}"
     how = " --cudagraphs" if get_device(args.device).type == "cuda" else ""
-    return f"--seeds {chosen} --cost-limits {limits} {few} --device {args.device}{how}"
+    return f"--seeds {chosen} --steps {args.steps} --device {args.device}{how}"
+
+
+def flags(args: Args, seeds: int, limits: str = "10 20 40") -> str:
+    """Of PreSa: such a run's alignment."""
+    return f"{short_run(args, seeds)} --cost-limits {limits} --bc-steps 1"
 
 
 def bench_step(args: Args, dataset: Dataset, device: torch.device) -> None:
@@ -375,7 +380,7 @@ def bench_scaling(args: Args, dataset: Dataset, device: torch.device) -> None:
 
 
 def presa_step(flags: str, threads: int, compiled: bool) -> tuple[float, float]:
-    """Seconds a step of PreSa takes, and its first one, in a worker."""
+    """Seconds a step of PreSa takes, and until its first one is done, in a worker."""
     torch.set_num_threads(threads)
     if compiled:
         presa.captured = lambda update, *others: torch.compile(update)
@@ -392,11 +397,13 @@ def bench_settings(args: Args, dataset: Dataset, device: torch.device) -> None:
         "torch.compile of the step": (cpu_cores(), True),
     }
     context, chosen = multiprocessing.get_context("spawn"), flags(args, 3)
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for _ in range(args.rounds):
-        for name, way in ways.items():
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                taken[name].append(pool.submit(presa_step, chosen, *way).result())
+
+    def in_a_worker(threads: int, compiled: bool) -> tuple[float, float]:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(presa_step, chosen, threads, compiled).result()
+
+    measures = {name: lambda way=way: in_a_worker(*way) for name, way in ways.items()}
+    taken = alternating(args, measures)
     steps = {name: [1e3 * step for step, _ in both] for name, both in taken.items()}
     started = {name: [start for _, start in both] for name, both in taken.items()}
     rows = [(name, steps[name], "ms", steps["eager, as the script is"]) for name in ways]
@@ -409,8 +416,7 @@ def bench_bc(args: Args, dataset: Dataset, device: torch.device) -> None:
     read = map(torch.from_numpy, (dataset.observations, dataset.actions))
     pairs = usual_bc(torch.utils.data.TensorDataset(*read), 1, device)
     usual = usual_bc(Transitions(dataset), 2, device)
-    how = " --cudagraphs" if device.type == "cuda" else ""
-    chosen = f"--seeds 0 --steps {args.steps} --device {args.device}{how}"
+    chosen = short_run(args)
     taken = alternating(
         args,
         {
@@ -431,27 +437,27 @@ def bench_bc(args: Args, dataset: Dataset, device: torch.device) -> None:
     )
 
 
-def cdt_rate(episodes: int) -> float:
+def cdt_rate(episodes: int, usual: bool = False) -> float:
     """Steps a second of so many episodes of CDT played at once, on one core, in a worker.
 
-    0: one at a time, by a transformer of torch's own layers.
+    ``usual``: by a transformer of torch's own layers, which plays one.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
     import_gymnasium()
     config = {"heads": 8, "context": 10, "reward_scale": 0.1}
-    parameters, usual = cdt.init_parameters(0, TASK, cdt.Args()), UsualTransformer()
+    parameters, layers = cdt.init_parameters(0, TASK, cdt.Args()), UsualTransformer()
+    targets = np.tile([500.0, 20.0], (episodes, 1))
 
     def play_once() -> None:
-        targets = np.tile([500.0, 20.0], (episodes, 1))
-        act = cdt.load_policy(config, parameters, targets) if episodes else UsualActor(usual)
-        play(TASK, act, list(range(episodes or 1)))
+        act = UsualActor(layers) if usual else cdt.load_policy(config, parameters, targets)
+        play(TASK, act, list(range(episodes)))
 
     play_once()  # the environments are there
     started, count = time.perf_counter(), 0
     while (taken := time.perf_counter() - started) < 2:
         play_once()
-        count += (episodes or 1) * TASK.horizon
+        count += episodes * TASK.horizon
     return count / taken
 
 
@@ -468,7 +474,7 @@ def bench_cdt(args: Args, dataset: Dataset, device: torch.device) -> None:
                 "usual": lambda: 1e3 * timed(usual, few),
                 "many": lambda: pool.submit(cdt_rate, many).result(),
                 "one": lambda: pool.submit(cdt_rate, 1).result(),
-                "layers": lambda: pool.submit(cdt_rate, 0).result(),
+                "layers": lambda: pool.submit(cdt_rate, 1, True).result(),
             },
         )
     show(

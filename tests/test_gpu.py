@@ -17,7 +17,11 @@ from torch.utils._pytree import tree_leaves
 from algorithms import bc_all, bc_safe, bc_safe_seg, binary_alignment, presa, unified_comparison
 from common.gpu import EAGER_STEPS, captured, log_sigmoid
 
-METHODS = (presa, bc_all, bc_safe, bc_safe_seg, binary_alignment, unified_comparison)
+each_method = pytest.mark.parametrize(
+    "module",
+    (presa, bc_all, bc_safe, bc_safe_seg, binary_alignment, unified_comparison),
+    ids=lambda module: module.__name__.rpartition(".")[2],
+)
 
 
 class Tape(TorchDispatchMode):
@@ -88,7 +92,7 @@ def tapes(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("module", METHODS, ids=lambda m: m.__name__.rpartition(".")[2])
+@each_method
 def test_two_hundred_captured_steps_train_the_policy_that_plain_ones_do(
     module, two_armed, run_of, tapes, monkeypatch
 ):
@@ -108,7 +112,7 @@ def test_two_hundred_captured_steps_train_the_policy_that_plain_ones_do(
         assert torch.equal(replayed[2]["parameters"][name], value), name
 
 
-def step_of(tapes, update, generators=()):
+def last_of_five(update, generators=()):
     """``update``, captured, five times: what the last returned."""
     optimizer = torch.optim.Adam([torch.zeros(1)])
     step = captured(update, optimizer, list(generators), enabled=True)
@@ -126,10 +130,10 @@ def test_a_step_that_a_graph_cannot_hold_is_told_apart(tapes):
         return {"loss": torch.rand(3, generator=draws)}
 
     with pytest.raises(AssertionError, match="the host waits"):
-        step_of(tapes, waits)
+        last_of_five(waits)
     with pytest.raises(AssertionError, match="who draws"):
-        step_of(tapes, draws_unregistered)
-    assert step_of(tapes, draws_unregistered, [draws])["loss"].shape == (3,)
+        last_of_five(draws_unregistered)
+    assert last_of_five(draws_unregistered, [draws])["loss"].shape == (3,)
 
     # and one that keeps its state in Python, not in place, stands still
     def counts():
@@ -137,7 +141,7 @@ def test_a_step_that_a_graph_cannot_hold_is_told_apart(tapes):
         return {"loss": counts.value}
 
     counts.value = torch.zeros(())
-    assert step_of(tapes, counts)["loss"] == EAGER_STEPS + 1
+    assert last_of_five(counts)["loss"] == EAGER_STEPS + 1
 
 
 def test_what_a_captured_step_returned_is_not_overwritten_by_the_next(tapes):
@@ -149,7 +153,7 @@ def test_what_a_captured_step_returned_is_not_overwritten_by_the_next(tapes):
     assert values == [EAGER_STEPS + 1, EAGER_STEPS + 2, EAGER_STEPS + 3]
 
 
-@pytest.mark.parametrize("module", METHODS, ids=lambda m: m.__name__.rpartition(".")[2])
+@each_method
 def test_without_a_gpu_the_flag_says_so_and_nothing_is_written(module, run_script, tmp_path):
     flags = ("--data", "bundled", "--device", "cpu", "--output-dir", tmp_path, "--cudagraphs")
     code, _, stderr = run_script(module.main, *flags)
@@ -182,7 +186,7 @@ def test_a_gpu_takes_every_loss_mapped_twice():
     ) == {(2, 3)}
 
 
-@pytest.mark.parametrize("module", METHODS, ids=lambda m: m.__name__.rpartition(".")[2])
+@each_method
 def test_a_gpu_takes_every_policy_mapped_twice(module):
     policy = module.Policy(7, 2, 16)
     shapes = {name: p.shape for name, p in policy.named_parameters()}
