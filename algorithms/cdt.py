@@ -1,7 +1,7 @@
 """CDT: the Constrained Decision Transformer, in one file.
 
     python algorithms/cdt.py --task BallRun --seeds 0 1 2
-    python algorithms/cdt.py --task BallRun --steps 1000 --batch-size 64     # on a CPU
+    python algorithms/cdt.py --steps 1000 --batch-size 64 --lr 1e-3 --warmup 100     # on a CPU
 
 Offline safe RL with the truth at hand, the reward and the cost of every step (Liu et al. 2023). A
 causal transformer reads the last K steps as tokens, four a step,

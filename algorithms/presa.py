@@ -76,7 +76,7 @@ class Args(GraphArgs, FeedbackArgs):
     eta: float = 0.1
     """eta = lambda_u n_u / (lambda_s n_s), weight of unsafe over safe (eq. 10; paper, Table 13)"""
     delta: float = 0.95
-    """delta, required mean probability of the right safety label (eq. 12; paper, Table 14)"""
+    """delta, required weighted mean probability of the right label (eq. 13, 15; paper, Table 14)"""
     z_ref: Literal["batch", "none"] = "batch"
     """reference point of the score: the batch's mean, or 0 (Table 2)"""
     nu_init: float = 1.0

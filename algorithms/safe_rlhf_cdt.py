@@ -24,7 +24,7 @@ as they are; unlike Dai et al.'s, the cost model is told kappa, by the labels' t
 rewards have no scale: standardised, the return to aim at is a high quantile among trajectories with
 a learned cost within kappa. Acting, too, the policy counts what its models say, not the truth.
 
-Labels depend on kappa: everything is trained for each seed x cost limit, along a leading axis R.
+Labels depend on kappa: all is trained for each seed x cost limit, on an axis R (cdt.py's S below).
 """
 
 import math
@@ -104,7 +104,7 @@ class Args(OutputArgs, FeedbackArgs):
     weight_decay: float = 1e-4
     """decoupled weight decay (CDT)"""
     clip: float = 0.25
-    """largest norm of a seed's gradient (CDT)"""
+    """largest norm of a run's gradient (CDT)"""
     cost_weight: float = 0.02
     """weight of the auxiliary loss, the prediction of a step's cost (CDT)"""
     temperature: float = 0.1

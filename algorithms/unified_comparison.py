@@ -71,7 +71,7 @@ class Args(GraphArgs, FeedbackArgs):
     lr: float = 1e-3
     """learning rate of alignment, Adam (ours: PreSa's)"""
     batch_size: int = 16
-    """pairs a step of alignment (measured)"""
+    """pairs a step of alignment (ours: PreSa's)"""
     hidden_size: int = 256
     """units of each of the two hidden layers (paper, B.4)"""
     dropout: float = 0.25
