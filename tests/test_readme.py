@@ -40,16 +40,25 @@ def test_every_measured_row_is_the_row_of_its_file():
         assert (int(safe), worst) == (sum(cost <= 1 for cost in costs), f"{max(costs):.2f}"), name
 
 
-def test_every_other_stand_in_is_the_row_of_its_file():
-    pattern = r"^\| (\w+) \| \w+ \| (\d) of 3 \| ([\d.]+) \| (\S+ / \S+) \| `(\S+)\.json` \|$"
-    rows = re.findall(pattern, README, re.MULTILINE)
-    assert len(rows) == len(list((ROOT / "common" / "measured").glob("standin-*.json"))) >= 4
-    for task, safe, worst, means, name in rows:
-        results = measured(name)
-        costs = [run["normalized_cost"] for run in results["runs"]]
-        assert results["task"] == task
-        assert means == f"{results['normalized_reward']:.2f} / {results['normalized_cost']:.2f}"
-        assert (int(safe), worst) == (sum(cost <= 1 for cost in costs), f"{max(costs):.2f}"), name
+def test_the_collectors_rows_are_what_their_files_hold():
+    """PreSa and BC-Safe-Seg on the files that the collector makes, three limits x three seeds."""
+    section = README.partition("**On the collector's files**")[2].partition("**How the defaults")[0]
+    cell = r"(\S+ / \S+ \(\d\)|—)"
+    rows = re.findall(rf"^\| (\w+) \| \d+ % \| {cell} \| {cell} \|$", section, re.MULTILINE)
+    files = (ROOT / "common" / "measured" / "collected").glob("*.json")
+    shown = {}
+    for task, *cells in rows:
+        named = zip(("presa", "bc_safe_seg"), cells, strict=True)
+        shown |= {f"{name}-{task}": x for name, x in named if x != "—"}
+    assert shown.keys() == {path.stem for path in files} and len(rows) == 7
+    for name, cell in shown.items():
+        results = measured(f"collected/{name}")
+        assert cell == cell_of(*scores_of(results)), name
+        assert len(results["runs"]) == 9 and results["data"]["source"] == "file"
+    earlier = measured("standin-collected-DroneRun")
+    means = f"{earlier['normalized_reward']:.2f} / {earlier['normalized_cost']:.2f}"
+    assert f"({means}, `standin-collected-DroneRun.json`" in README
+    assert all(run["normalized_cost"] <= 1 for run in earlier["runs"]) and earlier["seeds"] == [0]
 
 
 def test_what_the_collector_reached_is_what_the_bundled_file_holds():
