@@ -416,13 +416,21 @@ class Candidates:
 
 
 def thin(
-    costs: np.ndarray, returns: np.ndarray, keep: int, grid: int, rng: np.random.Generator
+    costs: np.ndarray,
+    returns: np.ndarray,
+    keep: int,
+    grid: int,
+    rng: np.random.Generator,
+    cost_limits: tuple[float, ...] = (),
 ) -> np.ndarray:
     """Choose at most ``keep`` of the E episodes, evenly over a grid of cost x return -> indices.
 
     Every cell keeps the same number, as far as it has so many: its best return first, the others
-    at random.
+    at random. The best return within each cost limit is kept in any case, since its cell may hold
+    a better one that is beyond the limit.
     """
+    within = [costs <= limit for limit in cost_limits]
+    leaders = [np.where(x, returns, -np.inf).argmax() for x in within if x.any()]
     columns = [
         np.digitize(x, np.linspace(x.min(), x.max(), grid + 1)[1:-1]) for x in (costs, returns)
     ]
@@ -443,7 +451,7 @@ def thin(
         per_cell += 1
     chosen = order[rank[order] < per_cell]
     filling = order[rank[order] == per_cell][: keep - len(chosen)]  # from the next, while it fits
-    return np.sort(np.concatenate((chosen, filling)))
+    return np.sort(list(dict.fromkeys([*leaders, *chosen, *filling]))[:keep])
 
 
 def write(
@@ -631,7 +639,8 @@ def main() -> None:
     if not candidates.episodes:
         raise TrainingError("no episode is to be kept; give a larger --max-cost or more --steps")
     totals = np.asarray(candidates.costs), np.asarray(candidates.returns)
-    chosen = thin(*totals, keep, args.grid, np.random.default_rng(args.seed))
+    rng = np.random.default_rng(args.seed)
+    chosen = thin(*totals, keep, args.grid, rng, task.cost_limits)
     packages = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "safety-gymnasium")
     attributes = {
         "provenance": "PPO-Lagrangian experts, thinned; made by common/collect.py of PreSa",

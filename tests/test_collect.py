@@ -96,6 +96,21 @@ def test_thinning_keeps_the_best_of_each_cell_and_spares_the_sparse_ones():
     np.testing.assert_array_equal(everything, np.arange(1003))
 
 
+def test_thinning_keeps_the_best_within_each_limit_though_its_cell_holds_a_better_one():
+    rng = np.random.default_rng(0)
+    crowd = rng.uniform(0, 99, (2996, 2))
+    rivals = np.array([[12.0, 99.2], [18.0, 99.3], [47.0, 99.5], [49.0, 99.9]])  # two in a cell
+    costs, returns = np.concatenate((crowd, rivals)).T
+    limits, best = (12.0, 47.0, -1.0), {2996, 2998}  # within the last limit there is nothing
+    without = collect.thin(costs, returns, 100, 10, np.random.default_rng(1))
+    kept = collect.thin(costs, returns, 100, 10, np.random.default_rng(1), limits)
+    assert not best & set(without), "so this is not what the cells do by themselves"
+    assert best <= set(kept) and len(kept) == len(set(kept)) == 100
+    assert len(set(kept) - set(without)) == 2
+    again = collect.thin(costs, returns, 3000, 10, np.random.default_rng(1), limits)
+    np.testing.assert_array_equal(again, np.arange(3000))
+
+
 def test_a_small_collection_is_the_same_whatever_the_number_of_workers(tmp_path, run_script):
     files = []
     for workers in (1, 2):
