@@ -19,14 +19,13 @@ Between a policy that keeps the limit and one that breaks it at every step there
 second half of learning, one taking over from the other; the bold one mostly plays the lesser part.
 
 M experts are stacked along a leading axis and act in one forward pass; the environments are stepped
-by worker processes. Each environment has its own random stream, so that the number of workers
+by several processes. Each environment has its own random stream, so that the number of processes
 changes no number.
 """
 
 import dataclasses
 import math
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -54,7 +53,7 @@ from common.cli import (
     run_main,
     whole_file,
 )
-from common.simulators import check_installed, import_gymnasium, make
+from common.simulators import check_installed, make
 from common.tasks import Task, get_task, reference_returns
 from common.tasks import max_cost as dsrl_max_cost
 
@@ -73,7 +72,7 @@ class Args:
     seed: int = 0
     """fixes initial weights, environments, exploration and thinning"""
     workers: int | None = None
-    """processes that step the environments; default: one a core. No number depends on it"""
+    """processes that step the environments, this one among them; default: one a core"""
 
     # ---- what is kept
     episodes: int | None = None
@@ -208,23 +207,42 @@ def limits_at(progress: float, experts: int, args: Args, max_cost: float) -> np.
     return max_cost * np.abs(1 - 2 * phase) ** args.sweep_power  # max-cost, 0, max-cost
 
 
-def step_environments(pipe, env_id: str, numbers: list[int], seed: int) -> None:
-    """A worker: step the environments with these numbers until None comes in place of actions.
+class Share:
+    """Some of the environments, stepped one after the other."""
 
-    Receives actions [n, action_dim]. Sends observations [n, .] to act on next, final observations
-    [n, .] (they differ where an episode has ended), and reward, cost, terminated, truncated [4, n].
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the script itself ends on Ctrl-C, once
-    import_gymnasium()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    envs, started = [make(env_id) for _ in numbers], [0] * len(numbers)
+    def __init__(self, env_id: str, numbers: list[int], seed: int):
+        """numbers: those of the environments; with the seed they fix each one's random stream."""
+        self.numbers, self.seed, self.started = numbers, seed, [0] * len(numbers)
+        self.envs = [make(env_id) for _ in numbers]
+        self.observations = np.asarray([self._reset(i) for i in range(len(numbers))], np.float32)
 
-    def reset(i: int) -> np.ndarray:
+    def _reset(self, i: int) -> np.ndarray:
         """Start an episode; the Bullet tasks draw from the global stream while they do."""
-        words = np.random.SeedSequence((seed, numbers[i], started[i])).generate_state(1)
-        started[i] += 1
-        np.random.seed(words[0])
-        return envs[i].reset(seed=int(words[0]))[0]
+        words = np.random.SeedSequence((self.seed, self.numbers[i], self.started[i]))
+        word = int(words.generate_state(1)[0])
+        self.started[i] += 1
+        np.random.seed(word)
+        return self.envs[i].reset(seed=word)[0]
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Actions [n, action_dim] -> observations to act on next, final ones, scores.
+
+        Both observations are [n, .] and differ where an episode has ended; scores are reward,
+        cost, terminated, truncated, [4, n].
+        """
+        following, final, scores = [], [], np.zeros((4, len(self.envs)))
+        for i, env in enumerate(self.envs):
+            observation, reward, terminated, truncated, info = env.step(actions[i])
+            scores[:, i] = reward, info["cost"], terminated, truncated
+            final.append(observation)
+            following.append(self._reset(i) if terminated or truncated else observation)
+        return np.asarray(following, np.float32), np.asarray(final, np.float32), scores
+
+
+def serve(pipe, env_id: str, numbers: list[int], seed: int) -> None:
+    """A worker: send a share's first observations, then answer actions, until None comes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the script itself ends on Ctrl-C, once
+    share = Share(env_id, numbers, seed)
 
     def next_actions() -> np.ndarray | None:
         """From the script; None where it was killed."""
@@ -233,38 +251,32 @@ def step_environments(pipe, env_id: str, numbers: list[int], seed: int) -> None:
         except EOFError:
             return None
 
-    pipe.send(np.asarray([reset(i) for i in range(len(envs))], np.float32))
+    pipe.send(share.observations)
     while (actions := next_actions()) is not None:
-        following, final, scores = [], [], np.zeros((4, len(envs)))
-        for i, env in enumerate(envs):
-            observation, reward, terminated, truncated, info = env.step(actions[i])
-            scores[:, i] = reward, info["cost"], terminated, truncated
-            final.append(observation)
-            following.append(reset(i) if terminated or truncated else observation)
-        pipe.send((np.asarray(following, np.float32), np.asarray(final, np.float32), scores))
+        pipe.send(share.step(actions))
 
 
 class Environments:
-    """All environments, spread over worker processes."""
+    """All environments: a share is stepped here, the others by worker processes meanwhile."""
 
-    def __init__(self, task: Task, count: int, seed: int, workers: int | None):
+    def __init__(self, task: Task, count: int, seed: int, processes: int | None):
         """Start the workers.
 
         Raises:
             UserError: a simulator is not installed.
         """
         check_installed()
-        workers = min(workers or cpu_cores(), count)
+        self.shares = np.array_split(np.arange(count), min(processes or cpu_cores(), count))
         spawn = multiprocessing.get_context("spawn")
-        self.shares = np.array_split(np.arange(count), workers)
         self.pipes = []
-        for share in self.shares:
+        for share in self.shares[1:]:
             ours, theirs = spawn.Pipe()
             arguments = (theirs, task.env_id, share.tolist(), seed)
-            spawn.Process(target=step_environments, args=arguments, daemon=True).start()
+            spawn.Process(target=serve, args=arguments, daemon=True).start()
             theirs.close()
             self.pipes.append(ours)
-        self.observations = np.concatenate(self._receive())
+        self.own = Share(task.env_id, self.shares[0].tolist(), seed)
+        self.observations = np.concatenate([self.own.observations, *self._receive()])
         self.elapsed = np.zeros(count, int)  # steps of the present episode
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -272,9 +284,10 @@ class Environments:
 
         ``observations`` is then what to act on next.
         """
-        for pipe, share in zip(self.pipes, self.shares, strict=True):
+        for pipe, share in zip(self.pipes, self.shares[1:], strict=True):
             pipe.send(actions[share])
-        following, final, scores = zip(*self._receive(), strict=True)
+        parts = [self.own.step(actions[self.shares[0]]), *self._receive()]
+        following, final, scores = zip(*parts, strict=True)
         self.observations = np.concatenate(following)
         scores = np.concatenate(scores, axis=1)
         self.elapsed = np.where(scores[2:].any(0), 0, self.elapsed + 1)

@@ -120,9 +120,12 @@ def make(env_id: str) -> Any:
     gymnasium = import_gymnasium()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` is looked for last
+    # Bullet wants streams that are files, to have its greetings not seen; a notebook's are none.
+    real = contextlib.redirect_stdout(sys.__stdout__), contextlib.redirect_stderr(sys.__stderr__)
     try:
-        # The checker repeats, at every step, what the tests check once.
-        return gymnasium.make(env_id, disable_env_checker=True)
+        with real[0], real[1]:
+            # The checker repeats, at every step, what the tests check once.
+            return gymnasium.make(env_id, disable_env_checker=True)
     except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv):
         name = env_id.rpartition(":")[-1]
         close = difflib.get_close_matches(name, gymnasium.envs.registry, n=3)
