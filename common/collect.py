@@ -85,6 +85,8 @@ class Args:
     """write them too, as DSRL does; nothing here reads them, and they double the file"""
     grid: int = 40
     """cells along cost and along return (DSRL, section 4)"""
+    best_within: tuple[float, ...] = ()
+    """costs; the best episode within each is kept, even if its cell has a costlier, better one"""
 
     # ---- the experts and their limits
     steps: int = 3_000_000
@@ -434,15 +436,15 @@ def thin(
     keep: int,
     grid: int,
     rng: np.random.Generator,
-    cost_limits: tuple[float, ...] = (),
+    best_within: tuple[float, ...] = (),
 ) -> np.ndarray:
     """Choose at most ``keep`` of the E episodes, evenly over a grid of cost x return -> indices.
 
     Every cell keeps the same number, as far as it has so many: its best return first, the others
-    at random. The best return within each cost limit is kept in any case, since its cell may hold
-    a better one that is beyond the limit.
+    at random. The best return within each cost of ``best_within`` is kept in any case: its cell
+    may hold a better one that costs more.
     """
-    within = [costs <= limit for limit in cost_limits]
+    within = [costs <= limit for limit in best_within]
     leaders = [np.where(x, returns, -np.inf).argmax() for x in within if x.any()]
     columns = [
         np.digitize(x, np.linspace(x.min(), x.max(), grid + 1)[1:-1]) for x in (costs, returns)
@@ -653,7 +655,7 @@ def main() -> None:
         raise TrainingError("no episode is to be kept; give a larger --max-cost or more --steps")
     totals = np.asarray(candidates.costs), np.asarray(candidates.returns)
     rng = np.random.default_rng(args.seed)
-    chosen = thin(*totals, keep, args.grid, rng, task.cost_limits)
+    chosen = thin(*totals, keep, args.grid, rng, args.best_within)
     packages = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "safety-gymnasium")
     attributes = {
         "provenance": "PPO-Lagrangian experts, thinned; made by common/collect.py of PreSa",

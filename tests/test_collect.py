@@ -96,7 +96,7 @@ def test_thinning_keeps_the_best_of_each_cell_and_spares_the_sparse_ones():
     np.testing.assert_array_equal(everything, np.arange(1003))
 
 
-def test_thinning_keeps_the_best_within_each_limit_though_its_cell_holds_a_better_one():
+def test_thinning_keeps_the_best_within_a_cost_though_its_cell_holds_a_better_one():
     rng = np.random.default_rng(0)
     crowd = rng.uniform(0, 99, (2996, 2))
     rivals = np.array([[12.0, 99.2], [18.0, 99.3], [47.0, 99.5], [49.0, 99.9]])  # two in a cell
