@@ -176,6 +176,22 @@ def test_experts_of_an_environment_of_ones_own_learn_both_sides(tmp_path, run_sc
     assert np.abs(dataset.actions).max() <= 1
 
 
+def test_an_environment_that_fails_in_a_worker_ends_the_collection(
+    tmp_path, run_script, monkeypatch
+):
+    fails = "        assert multiprocessing.parent_process() is None\n        speed ="
+    trap = SLIDE.replace("        speed =", fails).replace("Slide", "Trap")
+    (tmp_path / "trap.py").write_text("import multiprocessing\n" + textwrap.dedent(trap))
+    monkeypatch.syspath_prepend(tmp_path)
+    output = tmp_path / "trap.hdf5"
+    flags = f"--env-id trap:Trap-v0 --max-cost 10 --envs 2 --experts 1 --output {output} --workers"
+    code, _, error = run_script(collect.main, *flags.split(), 2)
+    assert code == 1 and "error: an environment failed in its worker" in error.splitlines()[-1]
+    assert not output.exists()
+    code, _, error = run_script(collect.main, *flags.split(), 1, "--steps", 400)
+    assert code == 0, "by itself the script steps them all, and none fails"
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
