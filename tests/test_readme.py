@@ -55,10 +55,16 @@ def test_the_collectors_rows_are_what_their_files_hold():
         results = measured(f"collected/{name}")
         assert cell == cell_of(*scores_of(results)), name
         assert len(results["runs"]) == 9 and results["data"]["source"] == "file"
-    earlier = measured("standin-collected-DroneRun")
-    means, _, safe = cell_of(*scores_of(earlier)).rpartition(" ")
-    assert f"({means}, `standin-collected-DroneRun.json`" in README
-    assert safe == "(3)" and len(earlier["runs"]) == 3 and earlier["seeds"] == [0]
+    runs = measured("collected/presa-DroneRun")["runs"]
+    runs = [[run for run in runs if (run["seed"] == 2) == alone] for alone in (False, True)]
+    safe, costly = (cell_of(*scores_of({"runs": r})).rpartition(" ") for r in runs)
+    assert f"the seeds 0 and 1 ({safe[0]};" in section and f"seed 2 ({costly[0]})" in section
+    assert (safe[2], costly[2]) == ("(6)", "(0)")
+    for name, safe, of in (("DroneRun", 3, 3), ("DroneRun-4M", 1, 9)):
+        earlier = measured(f"standin-collected-{name}")
+        means, _, said = cell_of(*scores_of(earlier)).rpartition(" ")
+        assert f"({means}, `standin-collected-{name}.json`" in " ".join(README.split())
+        assert said == f"({safe})" and len(earlier["runs"]) == of
 
 
 def test_what_the_collector_reached_is_what_the_bundled_file_holds():
