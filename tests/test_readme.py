@@ -41,24 +41,30 @@ def test_every_measured_row_is_the_row_of_its_file():
 
 
 def test_the_collectors_rows_are_what_their_files_hold():
-    """PreSa and BC-Safe-Seg on the files that the collector makes, three limits x three seeds."""
+    """Four methods on the files that the collector makes, three limits x three seeds."""
     section = README.partition("**On the collector's files**")[2].partition("**How the defaults")[0]
+    methods = ("presa", "bc_safe_seg", "binary_alignment", "unified_comparison")
     cell = r"(\S+ / \S+ \(\d\)|—)"
-    rows = re.findall(rf"^\| (\w+) \| \d+ % \| {cell} \| {cell} \|$", section, re.MULTILINE)
+    row = rf"^\| (\w+) \| \d+ % \| {cell} \| {cell} \| {cell} \| {cell} \|$"
+    rows = re.findall(row, section, re.MULTILINE)
     files = (ROOT / "common" / "measured" / "collected").glob("*.json")
     shown = {}
     for task, *cells in rows:
-        named = zip(("presa", "bc_safe_seg"), cells, strict=True)
+        named = zip(methods, cells, strict=True)
         shown |= {f"{name}-{task}": x for name, x in named if x != "—"}
     assert shown.keys() == {path.stem for path in files} and len(rows) == 7
     for name, cell in shown.items():
         results = measured(f"collected/{name}")
         assert cell == cell_of(*scores_of(results)), name
         assert len(results["runs"]) == 9 and results["data"]["source"] == "file"
+    tally = [sum(int(x[-2]) for x in cells) for cells in list(zip(*rows[:-1], strict=True))[1:]]
+    tally = f"{', '.join(map(str, tally[:3]))} and {tally[3]} are safe"
+    said = " ".join(section.split())
+    assert f"Of the 54 policies on six tasks {tally}" in said
     runs = measured("collected/presa-DroneRun")["runs"]
     runs = [[run for run in runs if (run["seed"] == 2) == alone] for alone in (False, True)]
     safe, costly = (cell_of(*scores_of({"runs": r})).rpartition(" ") for r in runs)
-    assert f"the seeds 0 and 1 ({safe[0]};" in section and f"seed 2 ({costly[0]})" in section
+    assert f"the seeds 0 and 1 ({safe[0]};" in said and f"seed 2 ({costly[0]})" in said
     assert (safe[2], costly[2]) == ("(6)", "(0)")
     for name, safe, of in (("DroneRun", 3, 3), ("DroneRun-4M", 1, 9)):
         earlier = measured(f"standin-collected-{name}")
