@@ -121,9 +121,9 @@ def make(env_id: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` is looked for last
     # Bullet wants streams that are files, to have its greetings not seen; a notebook's are none.
-    real = contextlib.redirect_stdout(sys.__stdout__), contextlib.redirect_stderr(sys.__stderr__)
+    out, err = sys.__stdout__, sys.__stderr__
     try:
-        with real[0], real[1]:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             # The checker repeats, at every step, what the tests check once.
             return gymnasium.make(env_id, disable_env_checker=True)
     except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv):
