@@ -12,7 +12,8 @@ no feedback, and neither rewards nor costs:
     log pi(a|s)    log_prob                -|pi(s) - a|^2, a Gaussian of fixed variance (B.4)
     kappa          cost_limit              plays no part: one policy a seed, scored at each limit
 
-Seeds are trained at once: the code is written for one run, `torch.vmap` maps it over all.
+R = seeds are trained at once: the code is written for one run, `torch.vmap` maps it over all. A
+seed fixes initial weights, batches and dropout.
 """
 
 import sys
@@ -20,25 +21,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.args import OutputArgs, TaskArgs, get_device, parse_args, run_main
+from common.dataset import get_cost_limits, load_dataset
+from common.results import Run
+from common.tasks import get_task
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common.args import GraphArgs, TaskArgs, check_args
-from common.cli import get_device, parse_args, run_main
-from common.dataset import get_cost_limits, load_dataset
-from common.dropout import dropout_masks
-from common.gpu import captured
-from common.results import Run
-from common.tasks import get_task
-
 
 @dataclass
-class Args(GraphArgs, TaskArgs):
+class Args(OutputArgs, TaskArgs):
     """BC-All: behaviour cloning on every trajectory."""
 
     # ---- optimisation
@@ -51,7 +49,7 @@ class Args(GraphArgs, TaskArgs):
     hidden_size: int = 256
     """units of each of the two hidden layers (paper, B.4)"""
     dropout: float = 0.25
-    """probability, in 1/256, of dropping a hidden unit (B.4 names no value; ours)"""
+    """probability of dropping a hidden unit (B.4 names no value; ours)"""
 
 
 class Policy(nn.Module):
@@ -71,13 +69,15 @@ class Policy(nn.Module):
 
 
 def log_prob(action_mean: Tensor, action: Tensor) -> Tensor:
-    """log pi(a|s) = -|pi(s) - a|^2 up to a constant (B.4): [..., action_dim] twice -> [...]."""
+    """log pi(a|s) = -|pi(s) - a|^2 (B.4): [..., action_dim] twice -> [...].
+
+    The Gaussian's constant is left out: it cancels in every log pi/pi_ref.
+    """
     return -(action_mean - action).square().sum(-1)  # B.4
 
 
 def main() -> None:
     args = parse_args(Args)
-    check_args(args)
 
     # ---- setup: nothing is written before all input is checked
     task = get_task(args.task, args.env_id)
@@ -86,48 +86,50 @@ def main() -> None:
     limits = get_cost_limits(task, dataset, args.cost_limits)
     observations = torch.from_numpy(dataset.observations).to(device)
     actions = torch.from_numpy(dataset.actions).to(device)
-    run = Run(args, __file__, task, dataset, limits, args.steps)
     policies, generators = [], []
     for seed in args.seeds:
         torch.manual_seed(seed)
-        sizes = (observations.shape[1], actions.shape[1], args.hidden_size)
+        sizes = (task.observation_dim, task.action_dim, args.hidden_size)
         policies.append(Policy(*sizes).to(device))
         generators.append(torch.Generator(device).manual_seed(seed))
-    policy, (parameters, _) = policies[0], stack_module_state(policies)  # each [S, ...]
+    policy = policies[0]
+    parameters, buffers = stack_module_state(policies)
+    cloned = {**parameters, **buffers}  # [R, ...] each
+    run = Run(args, __file__, task, dataset, limits, args.steps)
+    load_policy(run.config, {name: x[0] for name, x in cloned.items()})  # as evaluation will
 
-    def draw(high: int, size: int) -> tuple[Tensor, Tensor]:
-        """Random indices [S, size] and dropout masks [S, 2, size, hidden_size]."""
+    def draw(high: int, size: int, rows: int) -> tuple[Tensor, Tensor]:
+        """For each seed: random indices [S, size], dropout masks [S, 2, rows, hidden_size]."""
         index = [torch.randint(high, (size,), generator=g, device=device) for g in generators]
-        masks = dropout_masks((2, size, args.hidden_size), args.dropout, generators)
-        return torch.stack(index), masks
+        shape = (2, rows, args.hidden_size)
+        uniform = torch.stack([torch.rand(shape, generator=g, device=device) for g in generators])
+        return torch.stack(index), uniform.ge_(args.dropout).div_(1 - args.dropout)
 
     # ---- behaviour cloning on all transitions
-    def bc_loss(parameters, steps, masks):
-        """E |pi(s) - a|^2 for one seed."""
-        mean = functional_call(policy, parameters, (observations[steps], masks))
-        return -log_prob(mean, actions[steps]).mean()
+    def bc_loss(parameters, batch, masks):
+        """E |pi(s) - a|^2 of one run, on a batch of transitions."""
+        mean = functional_call(policy, parameters, (observations[batch], masks))
+        return -log_prob(mean, actions[batch]).mean()
 
     optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-
-    def imitate() -> dict[str, Tensor]:
-        """A step of behaviour cloning; what to log of it."""
-        loss = torch.vmap(bc_loss)(parameters, *draw(len(observations), args.batch_size))  # [S]
+    training = {"policies": cloned, "optimizer": optimizer, "generators": generators}
+    for step in range(run.restore("bc", training) + 1, args.steps + 1):
+        batch, masks = draw(len(observations), args.batch_size, args.batch_size)
+        loss = torch.vmap(bc_loss)(cloned, batch, masks)  # [R]
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
-        return {"loss": loss.detach()}
-
-    imitate = captured(imitate, optimizer, generators, args.cudagraphs)
-    for step in run.steps("bc", 1, args.steps, parameters, generators, optimizer=optimizer):
-        run.log("bc", step, imitate())
-        run.evaluate("bc", step, {name: p[:, None] for name, p in parameters.items()})
-    run.finish({name: p[:, None] for name, p in parameters.items()}, final={})
+        run.log("bc", step, {"loss": loss.detach()})
+        if step % args.eval_every == 0:
+            run.evaluate("bc", step, cloned)
+        if step % args.checkpoint_every == 0:
+            run.save("bc", step, training)
+    run.finish(cloned, {})
 
 
 def load_policy(config: dict, parameters: dict[str, Tensor]) -> Callable[[np.ndarray], np.ndarray]:
     """Rebuild one policy for evaluation: observations [n, .] -> actions [n, .], dropout off."""
-    hidden, output = parameters["hidden1.weight"], parameters["output.weight"]
-    policy = Policy(hidden.shape[1], output.shape[0], hidden.shape[0])
+    policy = Policy(config["observation_dim"], config["action_dim"], config["hidden_size"])
     policy.load_state_dict(parameters)
     return lambda observations: policy(torch.from_numpy(observations)).detach().numpy()
 

@@ -14,8 +14,8 @@ safe ones. It does not see which did better, nor learn anything from the unsafe 
     log pi(a|s)    log_prob                -|pi(s) - a|^2, a Gaussian of fixed variance (B.4)
     kappa, T_max   cost_limit, horizon     behind the labels: safe iff cost <= kappa L / T_max
 
-Seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it over
-all. A seed fixes initial weights, segments, draws and dropout masks; the limit only the labels.
+R = seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it
+over all. A seed fixes initial weights, segments, draws and dropout; the limit only the labels.
 """
 
 import sys
@@ -23,26 +23,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.args import LabelArgs, OutputArgs, get_device, parse_args, run_main
+from common.dataset import load_dataset
+from common.feedback import get_feedback
+from common.results import Run
+from common.tasks import get_task
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common.args import GraphArgs, LabelArgs, check_args
-from common.cli import get_device, parse_args, run_main
-from common.dataset import load_dataset
-from common.dropout import dropout_masks
-from common.feedback import get_feedback
-from common.gpu import captured
-from common.results import Run
-from common.tasks import get_task
-
 
 @dataclass
-class Args(GraphArgs, LabelArgs):
+class Args(OutputArgs, LabelArgs):
     """BC-Safe-Seg: behaviour cloning on the segments labelled safe."""
 
     # ---- optimisation
@@ -55,7 +52,7 @@ class Args(GraphArgs, LabelArgs):
     hidden_size: int = 256
     """units of each of the two hidden layers (paper, B.4)"""
     dropout: float = 0.25
-    """probability, in 1/256, of dropping a hidden unit (B.4 names no value; ours)"""
+    """probability of dropping a hidden unit (B.4 names no value; ours)"""
 
 
 class Policy(nn.Module):
@@ -75,75 +72,73 @@ class Policy(nn.Module):
 
 
 def log_prob(action_mean: Tensor, action: Tensor) -> Tensor:
-    """log pi(a|s) = -|pi(s) - a|^2 up to a constant (B.4): [..., action_dim] twice -> [...]."""
+    """log pi(a|s) = -|pi(s) - a|^2 (B.4): [..., action_dim] twice -> [...].
+
+    The Gaussian's constant is left out: it cancels in every log pi/pi_ref.
+    """
     return -(action_mean - action).square().sum(-1)  # B.4
 
 
 def main() -> None:
     args = parse_args(Args)
-    check_args(args)
 
     # ---- setup: nothing is written before all input is checked
     task = get_task(args.task, args.env_id)
     device = get_device(args.device)
     dataset = load_dataset(task, args.data)
     feedback = get_feedback(dataset, task, args)
-    starts, safe_label, _ = feedback.tensors(device)
-    starts, safe = starts.flatten(1), safe_label.flatten(2) > 0  # [S, 2P], [S, K, 2P]
-    order, count = (~safe).long().argsort(stable=True), safe.sum(2)  # the safe segments first
-    limits, length = feedback.cost_limits, feedback.segment_length
+    segments, safe_label, _ = feedback.tensors(device)
+    limits = feedback.cost_limits
+    seed_of = torch.arange(len(args.seeds), device=device).repeat_interleave(len(limits))  # [R]
+    imitated = [segments[s][y > 0].flatten() for s, y in zip(seed_of, safe_label, strict=True)]
     observations = torch.from_numpy(dataset.observations).to(device)
     actions = torch.from_numpy(dataset.actions).to(device)
-    run = Run(args, __file__, task, dataset, limits, args.steps, feedback)
     policies, generators = [], []
     for seed in args.seeds:
         torch.manual_seed(seed)
-        sizes = (observations.shape[1], actions.shape[1], args.hidden_size)
+        sizes = (task.observation_dim, task.action_dim, args.hidden_size)
         policies.append(Policy(*sizes).to(device))
         generators.append(torch.Generator(device).manual_seed(seed))
-    policy, (parameters, _) = policies[0], stack_module_state(policies)  # each [S, ...]
+    policies = [policies[s] for s in seed_of]  # R of them
+    policy = policies[0]
+    parameters, buffers = stack_module_state(policies)
+    cloned = {**parameters, **buffers}  # [R, ...] each
+    run = Run(args, __file__, task, dataset, limits, args.steps, feedback)
+    load_policy(run.config, {name: x[0] for name, x in cloned.items()})  # as evaluation will
 
-    def draw(size: int) -> tuple[Tensor, Tensor]:
-        """Random numbers [S, size] in [0, 2^62) and dropout masks [S, 2, size, hidden_size]."""
-        index = [torch.randint(2**62, (size,), generator=g, device=device) for g in generators]
-        masks = dropout_masks((2, size, args.hidden_size), args.dropout, generators)
-        return torch.stack(index), masks
+    def draw(high: int, size: int, rows: int) -> tuple[Tensor, Tensor]:
+        """For each seed: random indices [S, size], dropout masks [S, 2, rows, hidden_size]."""
+        index = [torch.randint(high, (size,), generator=g, device=device) for g in generators]
+        shape = (2, rows, args.hidden_size)
+        uniform = torch.stack([torch.rand(shape, generator=g, device=device) for g in generators])
+        return torch.stack(index), uniform.ge_(args.dropout).div_(1 - args.dropout)
 
-    # ---- behaviour cloning on the transitions of safe segments
-    def bc_loss(parameters, labels, shared):
-        """E |pi(s) - a|^2 for one seed and limit, on the first ``count`` segments of ``order``."""
-        (order, count), (starts, drawn, masks) = labels, shared
-        steps = starts[order[drawn // length % count]] + drawn % length  # [B]
-        mean = functional_call(policy, parameters, (observations[steps], masks))
-        return -log_prob(mean, actions[steps]).mean()
+    # ---- behaviour cloning on safe segments; the draws are a seed's, shared by its runs
+    def bc_loss(parameters, batch, masks):
+        """E |pi(s) - a|^2 of one run, on a batch of transitions."""
+        mean = functional_call(policy, parameters, (observations[batch], masks))
+        return -log_prob(mean, actions[batch]).mean()
 
-    # The runs of one seed share all but parameters and labels: the inner map's None.
-    all_runs = torch.vmap(torch.vmap(bc_loss, in_dims=(0, 0, None)))
-    parameters = {
-        name: p.detach()[:, None].repeat_interleave(len(limits), 1).requires_grad_()
-        for name, p in parameters.items()
-    }  # [S, K, ...]
     optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-
-    def imitate() -> dict[str, Tensor]:
-        """A step of behaviour cloning; what to log of it."""
-        loss = all_runs(parameters, (order, count), (starts, *draw(args.batch_size)))  # [S, K]
+    training = {"policies": cloned, "optimizer": optimizer, "generators": generators}
+    for step in range(run.restore("bc", training) + 1, args.steps + 1):
+        index, masks = (x[seed_of] for x in draw(2**62, args.batch_size, args.batch_size))
+        batch = torch.stack([x[i % len(x)] for x, i in zip(imitated, index, strict=True)])  # [R, B]
+        loss = torch.vmap(bc_loss)(cloned, batch, masks)  # [R]
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
-        return {"loss": loss.detach()}
-
-    imitate = captured(imitate, optimizer, generators, args.cudagraphs)
-    for step in run.steps("bc", 1, args.steps, parameters, generators, optimizer=optimizer):
-        run.log("bc", step, imitate())
-        run.evaluate("bc", step, parameters)
-    run.finish(parameters, final={"imitated_share": count / safe.shape[2]})
+        run.log("bc", step, {"loss": loss.detach()})
+        if step % args.eval_every == 0:
+            run.evaluate("bc", step, cloned)
+        if step % args.checkpoint_every == 0:
+            run.save("bc", step, training)
+    run.finish(cloned, {"imitated_share": [len(x) / segments[0].numel() for x in imitated]})
 
 
 def load_policy(config: dict, parameters: dict[str, Tensor]) -> Callable[[np.ndarray], np.ndarray]:
     """Rebuild one policy for evaluation: observations [n, .] -> actions [n, .], dropout off."""
-    hidden, output = parameters["hidden1.weight"], parameters["output.weight"]
-    policy = Policy(hidden.shape[1], output.shape[0], hidden.shape[0])
+    policy = Policy(config["observation_dim"], config["action_dim"], config["hidden_size"])
     policy.load_state_dict(parameters)
     return lambda observations: policy(torch.from_numpy(observations)).detach().numpy()
 

@@ -3,30 +3,43 @@
     python algorithms/binary_alignment.py --task BallRun
     python algorithms/binary_alignment.py --task BallRun --seeds 0 1 2
 
-A segment is desirable iff it is safe and the preferred one of its pair (pairs without a preference
-are left out). First the policy imitates all segments and is frozen as the reference; then, read as
-a classifier, it tells desirable segments from the others (PreSa's safety term with these labels):
+A segment is desirable iff it is safe and the preferred one of its pair. First the policy imitates
+all segments and is frozen as the reference. Then it is aligned: read as a classifier, it tells
+desirable segments from the others. That is PreSa's safety term alone, with other labels:
 
     min_theta  E[w(y) (1 - sigmoid(y (beta Psi(s) - z_ref)))]                           (eq. 6-10)
 
     paper          here                    meaning
     sigma          segment                 L consecutive steps (s_t, a_t) of one episode
-    y              desirable               +1 safe and preferred, -1 else
+    y              safe_label              +1 safe and preferred, -1 else; 0: its pair is left out
     log pi(a|s)    log_prob                -|pi(s) - a|^2, a Gaussian of fixed variance (B.4)
     psi / beta     score, Psi above        sum_t gamma^t log pi(a_t|s_t) / pi_ref(a_t|s_t) (eq. 7)
     z_ref          z_ref                   reference point: the batch's mean of beta * score
     beta           beta                    temperature (eq. 7)
-    lambda_s/u, w  weight                  class weights of mean 1 (eq. 10); eta is their ratio
+    lambda_s/u, w  weight                  class weights (eq. 10), normalised to mean 1
+    eta            eta                     relative importance of the two classes
     kappa, T_max   cost_limit, horizon     behind the labels: safe iff cost <= kappa L / T_max
 
-Seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it over
-all. A seed fixes initial weights, segments, batches and dropout masks; the limit only the labels.
+A pair without a preference is left out. The paper names no settings of this method: they are those
+of PreSa, and eta is read as in presa.py.
+
+R = seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it
+over all. A seed fixes initial weights, segments, batches and dropout; the limit only the labels.
 """
 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.args import FeedbackArgs, OutputArgs, UserError, get_device, parse_args, run_main
+from common.dataset import load_dataset
+from common.feedback import get_feedback
+from common.results import Run
+from common.tasks import get_task
 
 import numpy as np
 import torch
@@ -34,29 +47,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common.args import FeedbackArgs, GraphArgs, check_args
-from common.cli import UserError, get_device, parse_args, run_main
-from common.dataset import load_dataset
-from common.dropout import dropout_masks
-from common.feedback import get_feedback
-from common.gpu import captured
-from common.results import Run
-from common.tasks import get_task
-
 
 @dataclass
-class Args(GraphArgs, FeedbackArgs):
+class Args(OutputArgs, FeedbackArgs):
     """Binary Alignment: safe and preferred, or not, as one label."""
 
     # ---- objective
     beta: float = 1.0
-    """beta, temperature of the score (eq. 7; ours: PreSa's)"""
+    """beta, temperature of the safety score (eq. 7; PreSa: Table 12)"""
     gamma: float = 1.0
     """gamma, discount inside a segment (eq. 7; the paper's proof: close to 1)"""
     eta: float = 0.1
-    """eta = lambda_u n_u / (lambda_s n_s), of undesirable over desirable (eq. 10; ours: PreSa's)"""
+    """eta = lambda_u n_u / (lambda_s n_s), weight of unsafe over safe (eq. 10; PreSa: Table 13)"""
+    z_ref: Literal["batch", "none"] = "batch"
+    """reference point of the score: the batch's mean, or 0 (Table 2)"""
 
     # ---- optimisation
     bc_steps: int = 1_500
@@ -66,15 +70,15 @@ class Args(GraphArgs, FeedbackArgs):
     bc_batch_size: int = 512
     """transitions a step of behaviour cloning (ours)"""
     steps: int = 3_000
-    """steps of alignment (ours: PreSa's)"""
+    """steps of alignment (PreSa: measured)"""
     lr: float = 1e-3
-    """learning rate of alignment, Adam (ours: PreSa's)"""
+    """learning rate of alignment, Adam (PreSa: measured)"""
     batch_size: int = 16
-    """pairs a step of alignment (ours: PreSa's)"""
+    """pairs a step of alignment (PreSa: measured)"""
     hidden_size: int = 256
     """units of each of the two hidden layers (paper, B.4)"""
     dropout: float = 0.25
-    """probability, in 1/256, of dropping a hidden unit (B.4 names no value; ours)"""
+    """probability of dropping a hidden unit, of pi and not of pi_ref (B.4 names no value; ours)"""
 
 
 class Policy(nn.Module):
@@ -94,153 +98,210 @@ class Policy(nn.Module):
 
 
 def log_prob(action_mean: Tensor, action: Tensor) -> Tensor:
-    """log pi(a|s) = -|pi(s) - a|^2 up to a constant (B.4): [..., action_dim] twice -> [...]."""
+    """log pi(a|s) = -|pi(s) - a|^2 (B.4): [..., action_dim] twice -> [...].
+
+    The Gaussian's constant is left out: it cancels in every log pi/pi_ref.
+    """
     return -(action_mean - action).square().sum(-1)  # B.4
 
 
-def segment_score(log_prob: Tensor, ref_log_prob: Tensor, gamma: float) -> Tensor:
+# ---------------------------------------------------------------------------------- the losses
+
+
+def segment_score(logp: Tensor, ref_logp: Tensor, gamma: float) -> Tensor:
     """Psi(sigma) = sum_t gamma^t log pi/pi_ref, eq. 7 without beta: [..., L] twice -> [...]."""
-    t = torch.arange(log_prob.shape[-1], dtype=log_prob.dtype, device=log_prob.device)
-    return (gamma**t * (log_prob - ref_log_prob)).sum(-1)  # eq. 7
+    t = torch.arange(logp.shape[-1], dtype=logp.dtype, device=logp.device)
+    return (gamma**t * (logp - ref_logp)).sum(-1)  # eq. 7
 
 
 def desirable_label(safe_label: Tensor, has_preference: Tensor) -> Tensor:
-    """+1 iff safe and preferred, else -1; 0 without a preference: [..., 2], [...] -> [..., 2]."""
-    rejected = torch.full_like(has_preference, -1)
-    desirable = torch.stack((safe_label[..., 0], rejected), -1)  # the preferred one stands first
-    return desirable * has_preference[..., None]
+    """+1 iff safe and preferred, else -1; 0 without a preference: [..., 2], [...] -> [..., 2].
+
+    safe_label is of preferred and rejected.
+    """
+    # The rejected segment, the second, is always -1.
+    return torch.minimum(safe_label, safe_label.new_tensor((1, -1))) * has_preference[..., None]
 
 
-def class_weights(label: Tensor, eta: float) -> Tensor:
+def reference_point(score: Tensor, safe_label: Tensor, beta: float) -> Tensor:
+    """z_ref: mean of beta * Psi over the segments that have a label, [B, 2] twice -> scalar.
+
+    It says where the scores lie by now. With a gradient, all scores could fall together at no loss.
+    """
+    has_label = safe_label.abs()  # 0 where --filter-preferences leaves the pair out
+    return beta * (score.detach() * has_label).sum() / has_label.sum().clamp(min=1)  # eq. 7
+
+
+def safety_probability(score: Tensor, safe_label: Tensor, beta: float, z_ref: Tensor) -> Tensor:
+    """p(Y = y | sigma) = sigmoid(y (beta Psi - z_ref)), eq. 11: [B, 2] twice -> [B, 2]."""
+    utility = beta * score - z_ref  # eq. 6
+    return torch.sigmoid(safe_label * utility)  # eq. 11
+
+
+def constraint_violation(probability: Tensor, weight: Tensor, delta: float) -> Tensor:
+    """E[w (delta - p)], met where <= 0; its gradient is eq. 9's: [B, 2] twice -> scalar."""
+    return (weight * (delta - probability)).mean()  # eq. 9, 15
+
+
+def class_weights(safe_label: Tensor, eta: float) -> Tensor:
     """w(y): lambda_u n_u / (lambda_s n_s) = eta, and a mean of 1 over all segments -> [P, 2].
 
-    label is [P, 2], +1 or -1, at least one of each; 0, of a pair left out, counts for nothing.
+    safe_label is [P, 2], at least one +1; what is left out counts for nothing. Where all are safe
+    the safety term has nothing to say and every weight is 0.
     """
-    good, bad = (label > 0).float(), (label < 0).float()
-    return label.numel() / (1 + eta) * (good / good.sum() + eta * bad / bad.sum())  # eq. 10
+    safe, unsafe = (safe_label > 0).float(), (safe_label < 0).float()
+    n_safe, n_unsafe, n = safe.sum(), unsafe.sum(), safe_label.numel()
+    lambda_safe = n / ((1 + eta) * n_safe)  # eq. 10
+    lambda_unsafe = eta * n / ((1 + eta) * n_unsafe.clamp(min=1))  # eq. 10
+    return (lambda_safe * safe + lambda_unsafe * unsafe) * (n_unsafe > 0)
 
 
 def alignment_loss(
-    score: Tensor, label: Tensor, weight: Tensor, beta: float
+    score: Tensor,
+    labels: tuple[Tensor, Tensor, Tensor],
+    beta: float,
+    z_ref: str = "batch",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 9 for one run, with merged labels: the loss of a batch, and what to log, all scalars.
+    """Eq. 9 for one run: the loss of a batch, and what to log of it, all scalars.
 
-    score, label (+1, -1; 0: left out) and weight are [B, 2], of preferred and rejected.
+    score is [B, 2], of preferred and rejected; labels are the merged safe_label [B, 2], by which
+    "safe" below means safe and preferred, weight [B, 2] and has_preference [B].
     """
-    known = label.abs()  # no gradient through z_ref, and no clamp at zero (below eq. 7)
-    z_ref = beta * (score.detach() * known).mean() / known.mean().clamp(min=1e-6)  # eq. 7
-    probability = torch.sigmoid(label * (beta * score - z_ref))  # eq. 6, 11
-    loss = (weight * (1 - probability)).mean()  # eq. 9
-    good, bad = (label > 0).float(), (label < 0).float()
+    safe_label, weight, has_preference = labels
+    point = reference_point(score, safe_label, beta) if z_ref == "batch" else score.new_zeros(())
+    probability = safety_probability(score, safe_label, beta, point)
+    loss = constraint_violation(probability, weight, delta=1.0)  # eq. 9
+
+    safe, unsafe = (safe_label > 0).float(), (safe_label < 0).float()
+    right = (score[:, 0] > score[:, 1]).float()
     metrics = {
         "loss": loss,
-        "weighted_probability": (weight * probability).mean(),
-        "z_ref": z_ref,
-        "desirable_score": (score * good).sum() / good.sum(),
-        "undesirable_score": (score * bad).sum() / bad.sum(),
+        "weighted_probability": (weight * probability).mean(),  # weights have mean 1 over all pairs
+        "z_ref": point,
+        "safe_score": masked_mean(score, safe),
+        "unsafe_score": masked_mean(score, unsafe),
+        "preference_accuracy": masked_mean(right, has_preference),
     }
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``x`` where ``mask`` is 1; nan where it nowhere is."""
+    return (x * mask).sum() / mask.sum()
+
+
 def main() -> None:
     args = parse_args(Args)
-    check_args(args)
 
     # ---- setup: nothing is written before all input is checked
     task = get_task(args.task, args.env_id)
     device = get_device(args.device)
     dataset = load_dataset(task, args.data)
     feedback = get_feedback(dataset, task, args)
-    starts, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
-    limits, num_pairs, length = feedback.cost_limits, starts.shape[1], feedback.segment_length
-    label = desirable_label(safe_label, has_preference)  # [S, K, P, 2]
-    for s, k in (label > 0).sum((2, 3)).eq(0).nonzero().tolist():
-        raise UserError(
-            f"--cost-limits {limits[k]:g}: no segment of seed {args.seeds[s]} is both safe and "
-            "preferred in its pair, so none is desirable; give a larger limit or other data"
-        )
-    weight = torch.vmap(torch.vmap(lambda y: class_weights(y, args.eta)))(label)  # [S, K, P, 2]
+    segments, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
+    safe_label = desirable_label(safe_label, has_preference)
+    for limit, label in zip(feedback.cost_limits * len(args.seeds), safe_label, strict=True):
+        if not (label > 0).any():
+            raise UserError(f"--cost-limits {limit:g}: no segment is both safe and preferred")
+    weight = torch.vmap(lambda label: class_weights(label, args.eta))(safe_label)  # [R, P, 2]
     observations = torch.from_numpy(dataset.observations).to(device)
     actions = torch.from_numpy(dataset.actions).to(device)
-    run = Run(args, __file__, task, dataset, limits, args.bc_steps + args.steps, feedback)
     policies, generators = [], []
     for seed in args.seeds:
         torch.manual_seed(seed)
-        sizes = (observations.shape[1], actions.shape[1], args.hidden_size)
+        sizes = (task.observation_dim, task.action_dim, args.hidden_size)
         policies.append(Policy(*sizes).to(device))
         generators.append(torch.Generator(device).manual_seed(seed))
-    policy, (parameters, _) = policies[0], stack_module_state(policies)  # each [S, ...]
+    policy = policies[0]
+    parameters, buffers = stack_module_state(policies)
+    reference = {**parameters, **buffers}  # [S, ...] each
+    last, limits = args.bc_steps + args.steps, feedback.cost_limits
+    shown = {
+        "loss": "what the mean probability of the right label lacks of 1, in training",
+    }
+    run = Run(args, __file__, task, dataset, limits, last, feedback, shown=shown)
+    load_policy(run.config, {name: x[0] for name, x in reference.items()})  # as evaluation will
 
     def draw(high: int, size: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Random indices [S, size] and dropout masks [S, 2, rows, hidden_size]."""
+        """For each seed: random indices [S, size], dropout masks [S, 2, rows, hidden_size]."""
         index = [torch.randint(high, (size,), generator=g, device=device) for g in generators]
-        masks = dropout_masks((2, rows, args.hidden_size), args.dropout, generators)
-        return torch.stack(index), masks
+        shape = (2, rows, args.hidden_size)
+        uniform = torch.stack([torch.rand(shape, generator=g, device=device) for g in generators])
+        return torch.stack(index), uniform.ge_(args.dropout).div_(1 - args.dropout)
 
     # ---- stage one: the reference, behaviour cloning on the transitions of all segments
-    def bc_loss(parameters, starts, drawn, masks):
-        """E |pi(s) - a|^2 for one seed; ``drawn`` counts through all steps of all segments."""
-        steps = starts.flatten()[drawn // length] + drawn % length  # [B]
-        mean = functional_call(policy, parameters, (observations[steps], masks))
-        return -log_prob(mean, actions[steps]).mean()
+    transitions = segments.flatten(1)  # [S, P * 2 * L]
+
+    def bc_loss(parameters, transitions, index, masks):
+        """E |pi(s) - a|^2 of one seed, on a batch of its transitions."""
+        batch = transitions[index]  # [B]
+        mean = functional_call(policy, parameters, (observations[batch], masks))
+        return -log_prob(mean, actions[batch]).mean()
 
     optimizer = torch.optim.Adam(parameters.values(), lr=args.bc_lr, fused=True)
-    for step in run.steps("bc", 1, args.bc_steps, parameters, generators, optimizer=optimizer):
-        batch = draw(num_pairs * 2 * length, args.bc_batch_size, args.bc_batch_size)
-        loss = torch.vmap(bc_loss)(parameters, starts, *batch)  # [S]
+    training = {"policies": reference, "optimizer": optimizer, "generators": generators}
+    for step in range(run.restore("bc", training) + 1, args.bc_steps + 1):
+        index, masks = draw(transitions.shape[1], args.bc_batch_size, args.bc_batch_size)
+        loss = torch.vmap(bc_loss)(reference, transitions, index, masks)  # [S]
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
         run.log("bc", step, {"loss": loss.detach()})
-        run.evaluate("bc", step, {name: p[:, None] for name, p in parameters.items()})
+        if step % args.eval_every == 0 or step == args.bc_steps:
+            run.evaluate("bc", step, reference)
+        if step % args.checkpoint_every == 0 or step == args.bc_steps:
+            run.save("bc", step, training)
 
-    def reference_log_prob(parameters):
-        """log pi_ref(a|s) of all transitions, [N]: it never changes, so it is computed once."""
+    def reference_logp(parameters):
+        """log pi_ref(a|s) of all transitions, [N], dropout off: computed once, it never changes."""
         chunks = zip(observations.split(8192), actions.split(8192), strict=True)
         return torch.cat([log_prob(functional_call(policy, parameters, s), a) for s, a in chunks])
 
     with torch.no_grad():
-        ref_log_prob = torch.vmap(reference_log_prob)(parameters)  # [S, N]
+        ref_logp = torch.vmap(reference_logp)(reference)  # [S, N]
 
-    # ---- stage two: alignment, a policy for each seed and limit
-    def run_loss(parameters, labels, shared):
+    # ---- stage two: alignment; a policy for each of R = S x K runs
+    seed_of = torch.arange(len(args.seeds), device=device).repeat_interleave(len(limits))  # [R]
+    aligned = {
+        name: x.detach()[seed_of].requires_grad_(x.requires_grad) for name, x in reference.items()
+    }
+    rows = args.batch_size * segments[0, 0].numel()  # transitions in a batch
+
+    def run_loss(parameters, labels, seed, pairs, masks):
         """Eq. 9 of one run, on the batch of pairs drawn for its seed."""
-        starts, ref_log_prob, pairs, masks = shared
-        steps = starts[pairs][..., None] + torch.arange(length, device=device)  # [B, 2, L]
-        mean = functional_call(policy, parameters, (observations[steps].flatten(0, 2), masks))
-        logp = log_prob(mean, actions[steps].flatten(0, 2)).view(steps.shape)
-        score = segment_score(logp, ref_log_prob[steps], args.gamma)
-        return alignment_loss(score, *(x[pairs] for x in labels), args.beta)
+        batch = segments[seed, pairs]  # [B, 2, L]
+        mean = functional_call(policy, parameters, (observations[batch].flatten(0, 2), masks))
+        logp = log_prob(mean, actions[batch].flatten(0, 2)).view(batch.shape)
+        score = segment_score(logp, ref_logp[seed, batch], args.gamma)
+        labels = tuple(x[pairs] for x in labels)
+        return alignment_loss(score, labels, args.beta, args.z_ref)
 
-    # The runs of one seed share all but parameters and labels: the inner map's None.
-    all_runs = torch.vmap(torch.vmap(run_loss, in_dims=(0, 0, None)))
-    parameters = {
-        name: p.detach()[:, None].repeat_interleave(len(limits), 1).requires_grad_()
-        for name, p in parameters.items()
-    }  # [S, K, ...]
-    optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-
-    def align() -> dict[str, Tensor]:
-        """A step of alignment: the loss of every run, eq. 9, on pairs drawn for each seed."""
-        batch = draw(num_pairs, args.batch_size, args.batch_size * 2 * length)
-        loss, metrics = all_runs(parameters, (label, weight), (starts, ref_log_prob, *batch))
+    optimizer = torch.optim.Adam(
+        [x for x in aligned.values() if x.requires_grad], lr=args.lr, fused=True
+    )
+    training = {"policies": aligned, "optimizer": optimizer, "generators": generators}
+    for step in range(run.restore("align", training, args.bc_steps) + 1, last + 1):
+        # 1. draw a batch of pairs for each seed; its runs share it
+        pairs, masks = (x[seed_of] for x in draw(segments.shape[1], args.batch_size, rows))
+        # 2. the loss of every run, eq. 9
+        labels = (safe_label, weight, has_preference)
+        loss, metrics = torch.vmap(run_loss)(aligned, labels, seed_of, pairs, masks)  # [R] each
+        # 3. theta descends
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
-        return metrics
-
-    align = captured(align, optimizer, generators, args.cudagraphs)
-    first, last = args.bc_steps + 1, args.bc_steps + args.steps
-    for step in run.steps("align", first, last, parameters, generators, optimizer=optimizer):
-        run.log("align", step, align())
-        run.evaluate("align", step, parameters)
-    run.finish(parameters, final={}, stage_ends=args.bc_steps)
+        # 4. log, evaluate, save
+        run.log("align", step, metrics)
+        if step % args.eval_every == 0:
+            run.evaluate("align", step, aligned)
+        if step % args.checkpoint_every == 0:
+            run.save("align", step, training)
+    run.finish(aligned, {}, stage_ends=args.bc_steps)
 
 
 def load_policy(config: dict, parameters: dict[str, Tensor]) -> Callable[[np.ndarray], np.ndarray]:
     """Rebuild one policy for evaluation: observations [n, .] -> actions [n, .], dropout off."""
-    hidden, output = parameters["hidden1.weight"], parameters["output.weight"]
-    policy = Policy(hidden.shape[1], output.shape[0], hidden.shape[0])
+    policy = Policy(config["observation_dim"], config["action_dim"], config["hidden_size"])
     policy.load_state_dict(parameters)
     return lambda observations: policy(torch.from_numpy(observations)).detach().numpy()
 

@@ -15,8 +15,7 @@ seed serves every cost limit.
     min_theta  E[-log pi(a_t | .. R_t C_t s_t) - T H(pi)] + w E[-log p(1[c_t > 0] | .. a_t)]
 
     paper          here                    meaning
-    R_t            return_to_go            sum_{t' >= t} r_t', times reward_scale
-    C_t            cost_to_go              sum_{t' >= t} c_t'
+    R_t, C_t       target_to_go            sums of r_t' (times reward_scale) and c_t' over t' >= t
     T              temperature             weight of the entropy H, learned so that H is about -|A|
     w              cost_weight             of the auxiliary prediction of the step's cost
     K              context                 steps that the transformer sees
@@ -37,7 +36,7 @@ Where we depart from the authors' code (OSRL):
   they are; the temperature's rate warms up with the others'; bfloat16 in the blocks on a GPU.
 - On data other than DSRL's own, the return aimed at is the best of the file's within the limit.
 
-Seeds are trained at once: every parameter and every batch has a leading axis for them, S.
+R = seeds are trained at once: every parameter and every batch has a leading axis for them.
 """
 
 import math
@@ -45,19 +44,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.args import OutputArgs, TaskArgs, UserError, get_device, parse_args, run_main
+from common.dataset import Dataset, get_cost_limits, load_dataset
+from common.results import Run
+from common.tasks import Task, get_task
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common.args import OutputArgs, TaskArgs, check_args
-from common.cli import UserError, get_device, parse_args, run_main
-from common.dataset import get_cost_limits, get_target_returns, load_dataset
-from common.dropout import dropout_masks
-from common.results import Run
-from common.tasks import Task, get_task
 
 
 @dataclass
@@ -89,7 +86,7 @@ class Args(OutputArgs, TaskArgs):
     heads: int = 8
     """attention heads of each block; they divide --width (CDT)"""
     dropout: float = 0.1
-    """probability, in 1/256, of dropping a number of an embedding or a residual branch (CDT)"""
+    """probability of dropping a number of an embedding or a residual branch (CDT)"""
 
     # ---- optimisation
     steps: int = 100_000
@@ -103,15 +100,15 @@ class Args(OutputArgs, TaskArgs):
     weight_decay: float = 1e-4
     """decoupled weight decay (CDT)"""
     clip: float = 0.25
-    """largest norm of a seed's gradient (CDT)"""
+    """largest norm of a run's gradient (CDT)"""
     cost_weight: float = 0.02
     """weight of the auxiliary loss, the prediction of a step's cost (CDT)"""
     temperature: float = 0.1
     """weight of the policy's entropy at the start; then it is learned (CDT)"""
 
 
-Params = dict[str, Tensor]  # by name, [S, ...]; those of a linear layer are [S, in, out]
-Tokens = tuple[Tensor, ...]  # returns- and costs-to-go, observations, actions, [S, B, K, .] each
+Params = dict[str, Tensor]  # by name, [R, ...]; those of a linear layer are [R, in, out]
+Tokens = tuple[Tensor, ...]  # returns- and costs-to-go, observations, actions, [R, B, K, .] each
 
 
 def init_parameters(seed: int, task: Task, args: Args) -> Params:
@@ -135,12 +132,12 @@ def init_parameters(seed: int, task: Task, args: Args) -> Params:
 
 
 def linear(p: Params, name: str, x: Tensor) -> Tensor:
-    """[S, N, in] -> [S, N, out], each seed with its own weights."""
+    """[R, N, in] -> [R, N, out], each run with its own weights."""
     return torch.baddbmm(p[f"{name}_bias"], x, p[name])
 
 
 def norm(p: Params, name: str, x: Tensor) -> Tensor:
-    """Layer norm over the last axis of [S, N, width]."""
+    """Layer norm over the last axis of [R, N, width]."""
     return F.layer_norm(x, x.shape[-1:]) * p[f"norm_{name}"] + p[f"norm_{name}_bias"]
 
 
@@ -152,38 +149,38 @@ def transformer(
     Causal: what is said of step t does not depend on any token after s_t (its action) or a_t (its
     cost), so whatever pads a sequence at its end changes nothing before.
 
-    time, [S, B, K], counts the steps of the episode; dropout's masks are [S, 1 + 2 layers, B * 4K,
-    width], or none. Returns mean and log-deviation of the action [S, B, K, .] and the logit of the
-    cost [S, B, K]; where only the last steps are asked for (to act, 1), K is their number.
+    time, [R, B, K], counts the steps of the episode; dropout's masks are [R, 1 + 2 layers, B * 4K,
+    width], or none. Returns mean and log-deviation of the action [R, B, K, .] and the logit of the
+    cost [R, B, K]; where only the last steps are asked for (to act, 1), K is their number.
     """
-    s, b, k = time.shape
+    r, b, k = time.shape
     width, layers = p["embed_time"].shape[-1], sum(name.startswith("qkv") for name in p) // 2
-    when = time.reshape(s, -1, 1).expand(-1, -1, width)
-    embedded = p["embed_time"].gather(1, when)  # [S, B*K, width]
+    time_index = time.reshape(r, -1, 1).expand(-1, -1, width)
+    embedded = p["embed_time"].gather(1, time_index)  # [R, B*K, width]
     names = ("embed_return", "embed_cost", "embed_observation", "embed_action")
     parts = [linear(p, n, x.flatten(1, 2)) + embedded for n, x in zip(names, tokens, strict=True)]
-    x = torch.stack(parts, 2).view(s, b * k * 4, width)  # R_1 C_1 s_1 a_1 R_2 ...
+    x = torch.stack(parts, 2).view(r, b * k * 4, width)  # R_1 C_1 s_1 a_1 R_2 ...
     drop = [x.new_ones(1, 1, 1)] * (1 + 2 * layers) if masks is None else masks.unbind(1)
     x = norm(p, "embed", x) * drop[0]
-    sees = torch.ones(k * 4, k * 4, dtype=torch.bool, device=x.device).tril()  # what came before
+    causal_mask = torch.ones(k * 4, k * 4, dtype=torch.bool, device=x.device).tril()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):  # the blocks alone
         for i in range(layers):
-            qkv = linear(p, f"qkv{i}", norm(p, f"a{i}", x)).view(s * b, k * 4, 3, heads, -1)
-            query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [S*B, heads, 4K, width/heads] each
+            qkv = linear(p, f"qkv{i}", norm(p, f"a{i}", x)).view(r * b, k * 4, 3, heads, -1)
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [R*B, heads, 4K, width/heads] each
             if i == layers - 1:  # of what leaves it, only states and actions are read
                 read = torch.arange(k * 4, device=x.device).view(k, 4)[-(last or k) :, 2:].flatten()
-                x = x.view(s, b, k * 4, width)[:, :, read].flatten(1, 2)
-                query, sees = query[:, :, read], sees[read]
-            seen = F.scaled_dot_product_attention(query, key, value, sees)
+                x = x.view(r, b, k * 4, width)[:, :, read].flatten(1, 2)
+                query, causal_mask = query[:, :, read], causal_mask[read]
+            seen = F.scaled_dot_product_attention(query, key, value, causal_mask)
             seen = linear(p, f"project{i}", seen.transpose(1, 2).reshape(x.shape))
             x = x + seen * drop[1 + 2 * i][:, : x.shape[1]]
             hidden = F.gelu(linear(p, f"up{i}", norm(p, f"b{i}", x)))
             x = x + linear(p, f"down{i}", hidden) * drop[2 + 2 * i][:, : x.shape[1]]
     k = last or k
-    at_state, at_action = norm(p, "out", x).view(s, b * k, 2, width).unbind(2)
+    at_state, at_action = norm(p, "out", x).view(r, b * k, 2, width).unbind(2)
     log_std = -1.5 + 3.5 * torch.tanh(linear(p, "log_std", at_state))  # in [-5, 2]
     mean, cost = linear(p, "mean", at_state), linear(p, "cost", at_action)
-    return mean.view(s, b, k, -1), log_std.view(s, b, k, -1), cost.view(s, b, k)
+    return mean.view(r, b, k, -1), log_std.view(r, b, k, -1), cost.view(r, b, k)
 
 
 def cdt_loss(
@@ -194,10 +191,10 @@ def cdt_loss(
     log_temperature: Tensor,
     cost_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each run's batch, [S], and what to log, [S] each: means over the valid steps.
+    """The loss of each run's batch, [R], and what to log, [R] each: means over the valid steps.
 
-    output is the transformer's; action [S, B, K, .], costs [S, B, K] and valid, 0 where the episode
-    has ended; log_temperature [S]. The last part moves the temperature alone: it rises while the
+    output is the transformer's; action [R, B, K, .], costs [R, B, K] and valid, 0 where the episode
+    has ended; log_temperature [R]. The last part moves the temperature alone: it rises while the
     entropy is below -|A|, and falls above (Haarnoja et al. 2018).
     """
     mean, log_std, cost_logit = output
@@ -239,15 +236,84 @@ def augmented(
     Returns the episode [count], and what is added to its returns- and costs-to-go [count, 2].
     """
     front = pareto_front(costs, returns)
-    told_cost = rng.uniform(costs.min(), costs.max(), count)
-    episode = front[np.searchsorted(costs[front], told_cost, side="right") - 1]
+    target_cost = rng.uniform(costs.min(), costs.max(), count)
+    episode = front[np.searchsorted(costs[front], target_cost, side="right") - 1]
     more_return = rng.uniform(0, returns.std(), count)
-    return episode, np.stack((more_return, told_cost - costs[episode]), 1)
+    return episode, np.stack((more_return, target_cost - costs[episode]), 1)
+
+
+def to_go(dataset: Dataset, x: np.ndarray) -> np.ndarray:
+    """What is still to come in the episode, this step included, [N] -> [N]."""
+    total = np.append(np.cumsum(x[::-1])[::-1], 0)  # to the end of the data
+    lengths = dataset.episode_ends - dataset.episode_starts
+    return total[:-1] - np.repeat(total[dataset.episode_ends], lengths)
+
+
+def within_limit(costs: np.ndarray, limit: float) -> np.ndarray:
+    """Which episodes cost no more than the limit, [E]; the cheapest tenth where none does."""
+    within = costs <= limit
+    if not within.any():
+        print(f"note: no episode counts as within {limit:g}; the cheapest tenth stands for them")
+        within = costs <= np.quantile(costs, 0.1)
+    return within
+
+
+# The returns aimed at under DSRL's three limits, on DSRL's own data (CDT's authors)
+RETURN_TARGETS = {
+    **dict.fromkeys(("AntRun", "BallCircle", "DroneCircle"), (700.0, 750.0, 800.0)),
+    "BallRun": (500.0, 500.0, 700.0),
+    "CarRun": (575.0, 575.0, 575.0),
+    "DroneRun": (400.0, 500.0, 600.0),
+    "AntCircle": (300.0, 350.0, 400.0),
+    "CarCircle": (450.0, 500.0, 550.0),
+    "CarCircle1": (20.0, 22.5, 25.0),
+    "CarCircle2": (20.0, 21.0, 22.0),
+    "PointCircle1": (50.0, 52.5, 55.0),
+    "PointCircle2": (45.0, 47.5, 50.0),
+    **{
+        name: (target,) * 3
+        for target, names in {
+            12.0: ("CarPush2", "PointPush2"),
+            15.0: ("CarPush1", "PointPush1"),
+            30.0: ("CarGoal2", "PointGoal1", "PointGoal2"),
+            35.0: ("CarButton1",),
+            40.0: ("CarButton2", "CarGoal1", "PointButton1", "PointButton2"),
+            160.0: ("SwimmerVelocity",),
+            1750.0: ("HopperVelocity",),
+            2800.0: ("AntVelocity", "Walker2dVelocity"),
+            3000.0: ("HalfCheetahVelocity",),
+        }.items()
+        for name in names
+    },
+}
+
+
+def get_target_returns(
+    task: Task, dataset: Dataset, limits: tuple[float, ...], asked: tuple[float, ...] | None
+) -> tuple[float, ...]:
+    """The return that a policy is told to reach under each limit.
+
+    Those asked for; else, on DSRL's own data, those of CDT's authors; else the best of the file's
+    episodes within the limit, since a fixed number could lie far above what any of them reaches.
+
+    Raises:
+        UserError: not one for each limit.
+    """
+    if asked is not None:
+        if len(asked) != len(limits) or not all(map(math.isfinite, asked)):
+            raise UserError(f"--target-returns: give {len(limits)} numbers, one for each limit")
+        return asked
+    known = RETURN_TARGETS.get(task.name) if dataset.source == "dsrl" else None
+    targets = dict(zip(task.cost_limits, known, strict=True)) if known else {}
+    for limit in limits:
+        if limit not in targets:
+            within = within_limit(dataset.episode_costs, limit)
+            targets[limit] = float(dataset.returns[within].max())
+    return tuple(targets[limit] for limit in limits)
 
 
 def main() -> None:
     args = parse_args(Args)
-    check_args(args)
     if args.width % args.heads:
         raise UserError(f"--heads {args.heads}: must divide --width {args.width}")
     if args.temperature <= 0 or args.low_cost_weight < 1:
@@ -259,93 +325,104 @@ def main() -> None:
     dataset = load_dataset(task, args.data)
     limits = get_cost_limits(task, dataset, args.cost_limits)
     returns = get_target_returns(task, dataset, limits, args.target_returns)
-    targets = list(zip(returns, limits, strict=True))
-    run = Run(args, __file__, task, dataset, limits, args.steps, targets=targets)
-
-    # ---- the data, on the device: sequences are gathered from it by index
-    lengths = dataset.episode_ends - dataset.episode_starts
-    entries = []  # each seed's trajectories to sample: where, what is added to its to-go, weight
-    for seed in args.seeds:
-        rng, count = np.random.default_rng(seed), round(args.augment * len(lengths))
-        extra, added = augmented(dataset.episode_costs, dataset.returns, count, rng)
-        episode = np.append(np.arange(len(lengths)), extra)
-        more = np.concatenate((np.zeros((len(lengths), 2)), added))
-        told = dataset.episode_costs[episode] + more[:, 1]
-        share = (told - told.min()) / max(np.ptp(told), 1e-9)  # 0 the cheapest, 1 the costliest
-        weight = args.low_cost_weight + (1 - args.low_cost_weight) * share
-        entries.append((dataset.episode_starts[episode], lengths[episode], more, weight))
-    start, length, more, weight = (
-        torch.from_numpy(np.stack(x)).to(device) for x in zip(*entries, strict=True)
-    )  # [S, M], more [S, M, 2]
-    chance = (weight.cumsum(1) / weight.sum(1, keepdim=True))[:, :-1].float().contiguous()
-    to_go = np.stack((dataset.to_go(dataset.rewards), dataset.to_go(dataset.costs)), 1)  # [N, 2]
-    arrays = (dataset.observations, dataset.actions, dataset.costs > 0, to_go)
-    observations, actions, costs, to_go = (
-        torch.from_numpy(np.float32(x)).to(device) for x in arrays
-    )
-    scale = torch.tensor([args.reward_scale, 1.0], device=device)
-    each = torch.arange(len(args.seeds), device=device)[:, None]  # [S, 1]
-
     inits = [init_parameters(seed, task, args) for seed in args.seeds]
     parameters = {
         name: torch.stack([p[name] for p in inits]).to(device).requires_grad_() for name in inits[0]
-    }
+    }  # [R, ...] each
+    aims = torch.tensor([*zip(returns, limits, strict=True)]).repeat(len(args.seeds), 1)
+    run = Run(args, __file__, task, dataset, limits, args.steps)
+
+    def policies() -> Params:
+        """A policy for each seed and limit: the seed's model, and what it is told to aim at."""
+        models = {name: x.repeat_interleave(len(limits), 0) for name, x in parameters.items()}
+        return {**models, "aim": aims}
+
+    first = {name: x[0].detach().cpu() for name, x in policies().items()}
+    load_policy(run.config, first)(dataset.observations[:1])  # as evaluation will
+
+    # ---- the data, on the device: sequences are gathered from it by index
+    to_come = np.stack((to_go(dataset, dataset.rewards), to_go(dataset, dataset.costs)), 1)
+    arrays = (dataset.observations, dataset.actions, dataset.costs > 0, to_come)  # [N, .] each
+    observations, actions, costs, to_come = (
+        torch.from_numpy(np.float32(x)).to(device) for x in arrays
+    )
+    total_cost, total_return = dataset.episode_costs, dataset.returns  # [E]
+    lengths = dataset.episode_ends - dataset.episode_starts
+    entries = []  # the trajectories that each run samples from
+    for seed in args.seeds:
+        rng = np.random.default_rng(seed)
+        extra, added = augmented(total_cost, total_return, round(args.augment * len(lengths)), rng)
+        episode = np.append(np.arange(len(lengths)), extra)
+        more = np.concatenate((np.zeros((len(lengths), 2)), added))  # is added to its to-go
+        cost = total_cost[episode] + more[:, 1]
+        share = (cost - cost.min()) / max(np.ptp(cost), 1e-9)  # 0 the cheapest, 1 the costliest
+        weight = args.low_cost_weight + (1 - args.low_cost_weight) * share
+        chance = np.float32(weight.cumsum() / weight.sum())[:-1]  # that one up to it is sampled
+        entries.append((dataset.episode_starts[episode], lengths[episode], more, chance))
+    start, length, more, chance = (
+        torch.from_numpy(np.stack(x)).to(device) for x in zip(*entries, strict=True)
+    )  # [R, M] each
     generators = [torch.Generator(device).manual_seed(seed) for seed in args.seeds]
-    initial = torch.full((len(args.seeds),), math.log(args.temperature), device=device)
-    log_temperature = initial.requires_grad_()
+    each = torch.arange(len(start), device=device)[:, None]  # [R, 1]
+    scale = torch.tensor([args.reward_scale, 1.0], device=device)
+    log_temperature = torch.full((len(start),), math.log(args.temperature), device=device)
+    log_temperature.requires_grad_()
     groups = [{"params": list(parameters.values()), "weight_decay": args.weight_decay}]
     groups += [{"params": [log_temperature], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / args.warmup, 1, args.warmup)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / args.warmup, 1, args.warmup)
 
     def draw() -> tuple[Tensor, Tensor]:
-        """Random numbers in [0, 1), [S, 2, B], and dropout masks."""
-        shape = (1 + 2 * args.layers, args.batch_size * 4 * args.context, args.width)
+        """Numbers in [0, 1), [S, 2, B], and dropout masks, [S, 1 + 2 layers, B * 4K, width]."""
         numbers = [torch.rand(2, args.batch_size, generator=g, device=device) for g in generators]
-        masks = dropout_masks(shape, args.dropout, generators)
-        return torch.stack(numbers), masks
+        shape = (1 + 2 * args.layers, args.batch_size * 4 * args.context, args.width)
+        uniform = torch.stack([torch.rand(shape, generator=g, device=device) for g in generators])
+        return torch.stack(numbers), uniform.ge_(args.dropout).div_(1 - args.dropout)
 
-    others = {"optimizer": optimizer, "rise": rise, "log_temperature": log_temperature}
-    for step in run.steps("cdt", 1, args.steps, parameters, generators, **others):
+    training = {"parameters": parameters, "log_temperature": log_temperature}
+    training |= {"optimizer": optimizer, "warmup": warmup, "generators": generators}
+    for step in range(run.restore("cdt", training) + 1, args.steps + 1):
         # 1. draw sequences of K steps, some running beyond their episode's end
         numbers, masks = draw()
-        which = torch.searchsorted(chance, numbers[:, 0].contiguous())  # by its weight, [S, B]
-        place, long = numbers[:, 1], length[each, which]  # where in it, of how many steps
-        time = (place * long).long()[..., None] + torch.arange(args.context, device=device)
-        valid = (time < long[..., None]).float()  # [S, B, K]
+        which = torch.searchsorted(chance, numbers[:, 0].contiguous())  # by its weight, [R, B]
+        place, steps = numbers[:, 1], length[each, which]  # where in it, of how many steps
+        time = (place * steps).long()[..., None] + torch.arange(args.context, device=device)
+        valid = (time < steps[..., None]).float()  # [R, B, K]
         time = time.clamp(max=task.horizon - 1)
         t = (start[each, which][..., None] + time).clamp(max=len(actions) - 1)
-        told = scale * (to_go[t] + more[each, which][:, :, None]).float()  # [S, B, K, 2]
-        tokens = (*told.split(1, -1), observations[t], actions[t])
-        # 2. the loss of every seed
+        target_to_go = scale * (to_come[t] + more[each, which][:, :, None]).float()
+        tokens = (*target_to_go.split(1, -1), observations[t], actions[t])  # [R, B, K, .] each
+        # 2. the loss of every run
         output = transformer(parameters, args.heads, tokens, time, masks)
         loss, metrics = cdt_loss(
             output, actions[t], costs[t], valid, log_temperature, args.cost_weight
         )
-        # 3. a step, each seed's gradient clipped on its own
+        # 3. a step, each run's gradient clipped on its own
         optimizer.zero_grad()
         loss.sum().backward()
-        square = sum(p.grad.square().flatten(1).sum(1) for p in parameters.values())  # [S]
+        square = sum(p.grad.square().flatten(1).sum(1) for p in parameters.values())  # [R]
         shrink = (args.clip / (square.sqrt() + 1e-6)).clamp(max=1)
         for p in parameters.values():
             p.grad.mul_(shrink.view(-1, *[1] * (p.dim() - 1)))
         optimizer.step()
-        rise.step()
+        warmup.step()
+        # 4. log, evaluate, save
         run.log("cdt", step, metrics)
-        run.evaluate("cdt", step, {name: p[:, None] for name, p in parameters.items()})
-    final = {"target_return": [returns] * len(args.seeds)}
-    run.finish({name: p[:, None] for name, p in parameters.items()}, final)
+        if step % args.eval_every == 0:
+            run.evaluate("cdt", step, policies())
+        if step % args.checkpoint_every == 0:
+            run.save("cdt", step, training)
+    run.finish(policies(), {"target_return": aims[:, 0]})
 
 
 class Actor:
-    """Play n episodes at once, each aiming at a return and a cost of its own."""
+    """Play n episodes at once, told at each step which return and cost are still to come."""
 
-    def __init__(self, config: dict, parameters: Params, targets: np.ndarray):
-        """targets: return and cost to aim at, [n, 2]."""
+    def __init__(self, config: dict, parameters: Params):
         self.parameters = {name: p[None] for name, p in parameters.items()}
         self.heads, self.context = config["heads"], config["context"]
         self.scale = torch.tensor([config["reward_scale"], 1.0])
-        self.togo = torch.from_numpy(np.float32(targets)) * self.scale  # [n, 2]
+        self.togo = (parameters["aim"] * self.scale)[None]  # [1 or n, 2]
         self.time = 0
         self.history: list[list[Tensor]] = []  # of each of the last K steps, four tokens [n, .]
 
@@ -353,7 +430,7 @@ class Actor:
         """Observations [n, .] -> mean actions [n, .]."""
         observation = torch.from_numpy(observations)
         unknown = torch.zeros(len(observation), self.parameters["mean"].shape[-1])
-        step = [*self.togo.split(1, 1), observation, unknown]
+        step = [*self.togo.expand(len(observation), 2).split(1, 1), observation, unknown]
         self.history = [*self.history, step][-self.context :]
         tokens = tuple(torch.stack(x, 1)[None] for x in zip(*self.history, strict=True))
         self.time += 1
@@ -368,7 +445,9 @@ class Actor:
         self.togo = self.togo - torch.from_numpy(np.float32([rewards, costs])).T * self.scale
 
 
-load_policy = Actor  # the name by which evaluation asks for it
+def load_policy(config: dict, parameters: Params) -> Actor:
+    """Rebuild one policy for evaluation: observations [n, .] -> actions [n, .], dropout off."""
+    return Actor(config, parameters)
 
 
 if __name__ == "__main__":

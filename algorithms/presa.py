@@ -15,7 +15,7 @@ tells safe segments from unsafe ones (a loss like KTO's); a Lagrange multiplier 
     paper          here                    meaning
     sigma          segment                 L consecutive steps (s_t, a_t) of one episode
     sigma+/-       preferred, rejected     the two segments of a pair
-    y              safe_label              +1 safe, -1 unsafe
+    y              safe_label              +1 safe, -1 unsafe; 0: its pair is left out
     log pi(a|s)    log_prob                -|pi(s) - a|^2, a Gaussian of fixed variance (B.4)
     psi / beta     score, Psi above        sum_t gamma^t log pi(a_t|s_t) / pi_ref(a_t|s_t) (eq. 7)
     z_ref          z_ref                   reference point: the batch's mean of beta * score
@@ -28,12 +28,12 @@ tells safe segments from unsafe ones (a loss like KTO's); a Lagrange multiplier 
 Where we depart from the paper's text, or it is silent:
 - eta = lambda_u n_u / (lambda_s n_s). The text has the inverse, with which the paper's own eta =
   0.1 pushes away from unsafe segments ten times harder than it pulls to safe ones, and on BallRun
-  the policy runs off (README; --eta 10 is that reading); read this way it does what the paper says.
+  the policy runs off (--eta 10 is that reading); read this way it does what the paper says.
 - Equations 8 and 9 disagree (a mean over each class, or one over all segments). This is eq. 9.
-- z_ref is not clamped at zero (as it is in KTO); segments all have one length (6.1: "varying").
+- KTO clamps its reference point at zero; z_ref is not clamped. Segments all have one length.
 
-Seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it over
-all. A seed fixes initial weights, segments, batches and dropout masks; the limit only the labels.
+R = seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it
+over all. A seed fixes initial weights, segments, batches and dropout; the limit only the labels.
 """
 
 import sys
@@ -42,26 +42,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.args import FeedbackArgs, OutputArgs, get_device, parse_args, run_main
+from common.dataset import load_dataset
+from common.feedback import get_feedback
+from common.results import Run
+from common.tasks import get_task
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common.args import FeedbackArgs, GraphArgs, check_args
-from common.cli import get_device, parse_args, run_main
-from common.dataset import load_dataset
-from common.dropout import dropout_masks
-from common.feedback import get_feedback
-from common.gpu import captured, log_sigmoid
-from common.results import Run
-from common.tasks import get_task
-
 
 @dataclass
-class Args(GraphArgs, FeedbackArgs):
+class Args(OutputArgs, FeedbackArgs):
     """PreSa: preferences under a safety constraint, by a Lagrangian."""
 
     # ---- objective
@@ -100,7 +97,7 @@ class Args(GraphArgs, FeedbackArgs):
     hidden_size: int = 256
     """units of each of the two hidden layers (paper, B.4)"""
     dropout: float = 0.25
-    """probability, in 1/256, of dropping a hidden unit (B.4 names no value; ours)"""
+    """probability of dropping a hidden unit, of pi and not of pi_ref (B.4 names no value; ours)"""
 
 
 class Policy(nn.Module):
@@ -120,17 +117,20 @@ class Policy(nn.Module):
 
 
 def log_prob(action_mean: Tensor, action: Tensor) -> Tensor:
-    """log pi(a|s) = -|pi(s) - a|^2 up to a constant (B.4): [..., action_dim] twice -> [...]."""
+    """log pi(a|s) = -|pi(s) - a|^2 (B.4): [..., action_dim] twice -> [...].
+
+    The Gaussian's constant is left out: it cancels in every log pi/pi_ref.
+    """
     return -(action_mean - action).square().sum(-1)  # B.4
 
 
 # ---------------------------------------------------------------------------------- the losses
 
 
-def segment_score(log_prob: Tensor, ref_log_prob: Tensor, gamma: float) -> Tensor:
+def segment_score(logp: Tensor, ref_logp: Tensor, gamma: float) -> Tensor:
     """Psi(sigma) = sum_t gamma^t log pi/pi_ref, eq. 7 without beta: [..., L] twice -> [...]."""
-    t = torch.arange(log_prob.shape[-1], dtype=log_prob.dtype, device=log_prob.device)
-    return (gamma**t * (log_prob - ref_log_prob)).sum(-1)  # eq. 7
+    t = torch.arange(logp.shape[-1], dtype=logp.dtype, device=logp.device)
+    return (gamma**t * (logp - ref_logp)).sum(-1)  # eq. 7
 
 
 def preference_loss(score: Tensor, has_preference: Tensor, alpha: float) -> Tensor:
@@ -139,8 +139,17 @@ def preference_loss(score: Tensor, has_preference: Tensor, alpha: float) -> Tens
     score is [B, 2], of preferred and rejected; has_preference [B], 1 or 0.
     """
     preferred, rejected = (alpha * score).unbind(1)  # eq. 3, summed over the segment
-    loss = -log_sigmoid(preferred - rejected)  # eq. 2, 4
+    loss = F.softplus(rejected - preferred)  # eq. 2, 4: -log sigmoid(preferred - rejected)
     return (has_preference * loss).sum() / has_preference.sum().clamp(min=1)
+
+
+def reference_point(score: Tensor, safe_label: Tensor, beta: float) -> Tensor:
+    """z_ref: mean of beta * Psi over the segments that have a label, [B, 2] twice -> scalar.
+
+    It says where the scores lie by now. With a gradient, all scores could fall together at no loss.
+    """
+    has_label = safe_label.abs()  # 0 where --filter-preferences leaves the pair out
+    return beta * (score.detach() * has_label).sum() / has_label.sum().clamp(min=1)  # eq. 7
 
 
 def safety_probability(score: Tensor, safe_label: Tensor, beta: float, z_ref: Tensor) -> Tensor:
@@ -157,8 +166,8 @@ def constraint_violation(probability: Tensor, weight: Tensor, delta: float) -> T
 def class_weights(safe_label: Tensor, eta: float) -> Tensor:
     """w(y): lambda_u n_u / (lambda_s n_s) = eta, and a mean of 1 over all segments -> [P, 2].
 
-    safe_label is [P, 2], +1 or -1, at least one +1; 0, of a pair left out, counts for nothing.
-    Where all are safe the safety term has nothing to say and every weight is 0.
+    safe_label is [P, 2], at least one +1; what is left out counts for nothing. Where all are safe
+    the safety term has nothing to say and every weight is 0.
     """
     safe, unsafe = (safe_label > 0).float(), (safe_label < 0).float()
     n_safe, n_unsafe, n = safe.sum(), unsafe.sum(), safe_label.numel()
@@ -167,33 +176,37 @@ def class_weights(safe_label: Tensor, eta: float) -> Tensor:
     return (lambda_safe * safe + lambda_unsafe * unsafe) * (n_unsafe > 0)
 
 
-def presa_loss(
-    score: Tensor, labels: tuple[Tensor, Tensor, Tensor], nu: Tensor, args: Args
+def alignment_loss(
+    score: Tensor,
+    labels: tuple[Tensor, Tensor, Tensor],
+    nu: Tensor,
+    alpha: float,
+    beta: float,
+    delta: float,
+    z_ref: str = "batch",
+    preference_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 15 for one run: the Lagrangian of a batch, and what to log of it, all scalars.
 
-    score is [B, 2], of preferred and rejected; labels are safe_label [B, 2] (+1, -1; 0: left out),
-    weight [B, 2], has_preference [B] (0: the pair serves the safety term alone); nu is a scalar.
+    score is [B, 2], of preferred and rejected; labels are safe_label [B, 2], weight [B, 2] and
+    has_preference [B] (0: the pair serves the safety term alone); nu is a scalar.
     """
     safe_label, weight, has_preference = labels
-    preference = preference_loss(score, has_preference, args.alpha)
-    known = safe_label.abs()  # no gradient through z_ref, and no clamp at zero (below eq. 7)
-    z_ref = args.beta * (score.detach() * known).mean() / known.mean().clamp(min=1e-6)  # eq. 7
-    z_ref = z_ref if args.z_ref == "batch" else torch.zeros_like(z_ref)
-    probability = safety_probability(score, safe_label, args.beta, z_ref)
-    violation = constraint_violation(probability, weight, args.delta)
-    loss = (args.objective != "safety") * preference + nu * violation  # eq. 15
+    preference = preference_loss(score, has_preference, alpha)
+    point = reference_point(score, safe_label, beta) if z_ref == "batch" else score.new_zeros(())
+    probability = safety_probability(score, safe_label, beta, point)
+    violation = constraint_violation(probability, weight, delta)
+    loss = preference_weight * preference + nu * violation  # eq. 15
 
     safe, unsafe = (safe_label > 0).float(), (safe_label < 0).float()
-    preferred, rejected = score.unbind(1)
-    right = (preferred > rejected).float()
+    right = (score[:, 0] > score[:, 1]).float()
     metrics = {
+        "nu": nu.clone(),
         "loss": loss,
         "preference_loss": preference,
         "violation": violation,
-        "nu": nu.clone(),
-        "weighted_probability": (weight * probability).mean(),
-        "z_ref": z_ref,
+        "weighted_probability": (weight * probability).mean(),  # weights have mean 1 over all pairs
+        "z_ref": point,
         "safe_score": masked_mean(score, safe),
         "unsafe_score": masked_mean(score, unsafe),
         "preference_accuracy": masked_mean(right, has_preference),
@@ -208,109 +221,121 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def main() -> None:
-    args = parse_args(Args)
-    check_args(args, shares=("delta",))
+    args = parse_args(Args, shares=("delta",))
 
     # ---- setup: nothing is written before all input is checked
     task = get_task(args.task, args.env_id)
     device = get_device(args.device)
     dataset = load_dataset(task, args.data)
     feedback = get_feedback(dataset, task, args)
-    starts, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
-    limits, num_pairs, length = feedback.cost_limits, starts.shape[1], feedback.segment_length
-    weight = torch.vmap(torch.vmap(lambda y: class_weights(y, args.eta)))(safe_label)  # [S,K,P,2]
+    segments, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
+    weight = torch.vmap(lambda label: class_weights(label, args.eta))(safe_label)  # [R, P, 2]
     observations = torch.from_numpy(dataset.observations).to(device)
     actions = torch.from_numpy(dataset.actions).to(device)
-    run = Run(args, __file__, task, dataset, limits, args.bc_steps + args.steps, feedback)
     policies, generators = [], []
     for seed in args.seeds:
         torch.manual_seed(seed)
-        sizes = (observations.shape[1], actions.shape[1], args.hidden_size)
+        sizes = (task.observation_dim, task.action_dim, args.hidden_size)
         policies.append(Policy(*sizes).to(device))
         generators.append(torch.Generator(device).manual_seed(seed))
-    policy, (parameters, _) = policies[0], stack_module_state(policies)  # each [S, ...]
+    policy = policies[0]
+    parameters, buffers = stack_module_state(policies)
+    reference = {**parameters, **buffers}  # [S, ...] each
+    last, limits = args.bc_steps + args.steps, feedback.cost_limits
+    shown = {
+        "nu": "Lagrange multiplier of the constraint on the labels",
+        "violation": "what the mean probability of the right label lacks of delta, in training",
+    }
+    run = Run(args, __file__, task, dataset, limits, last, feedback, shown=shown)
+    load_policy(run.config, {name: x[0] for name, x in reference.items()})  # as evaluation will
 
     def draw(high: int, size: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Random indices [S, size] and dropout masks [S, 2, rows, hidden_size]."""
+        """For each seed: random indices [S, size], dropout masks [S, 2, rows, hidden_size]."""
         index = [torch.randint(high, (size,), generator=g, device=device) for g in generators]
-        masks = dropout_masks((2, rows, args.hidden_size), args.dropout, generators)
-        return torch.stack(index), masks
+        shape = (2, rows, args.hidden_size)
+        uniform = torch.stack([torch.rand(shape, generator=g, device=device) for g in generators])
+        return torch.stack(index), uniform.ge_(args.dropout).div_(1 - args.dropout)
 
     # ---- stage one: the reference, behaviour cloning on the transitions of all segments
-    def bc_loss(parameters, starts, drawn, masks):
-        """E |pi(s) - a|^2 for one seed; ``drawn`` counts through all steps of all segments."""
-        steps = starts.flatten()[drawn // length] + drawn % length  # [B]
-        mean = functional_call(policy, parameters, (observations[steps], masks))
-        return -log_prob(mean, actions[steps]).mean()
+    transitions = segments.flatten(1)  # [S, P * 2 * L]
+
+    def bc_loss(parameters, transitions, index, masks):
+        """E |pi(s) - a|^2 of one seed, on a batch of its transitions."""
+        batch = transitions[index]  # [B]
+        mean = functional_call(policy, parameters, (observations[batch], masks))
+        return -log_prob(mean, actions[batch]).mean()
 
     optimizer = torch.optim.Adam(parameters.values(), lr=args.bc_lr, fused=True)
-    for step in run.steps("bc", 1, args.bc_steps, parameters, generators, optimizer=optimizer):
-        batch = draw(num_pairs * 2 * length, args.bc_batch_size, args.bc_batch_size)
-        loss = torch.vmap(bc_loss)(parameters, starts, *batch)  # [S]
+    training = {"policies": reference, "optimizer": optimizer, "generators": generators}
+    for step in range(run.restore("bc", training) + 1, args.bc_steps + 1):
+        index, masks = draw(transitions.shape[1], args.bc_batch_size, args.bc_batch_size)
+        loss = torch.vmap(bc_loss)(reference, transitions, index, masks)  # [S]
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
         run.log("bc", step, {"loss": loss.detach()})
-        run.evaluate("bc", step, {name: p[:, None] for name, p in parameters.items()})
+        if step % args.eval_every == 0 or step == args.bc_steps:
+            run.evaluate("bc", step, reference)
+        if step % args.checkpoint_every == 0 or step == args.bc_steps:
+            run.save("bc", step, training)
 
-    def reference_log_prob(parameters):
-        """log pi_ref(a|s) of all transitions, [N]: it never changes, so it is computed once."""
+    def reference_logp(parameters):
+        """log pi_ref(a|s) of all transitions, [N], dropout off: computed once, it never changes."""
         chunks = zip(observations.split(8192), actions.split(8192), strict=True)
         return torch.cat([log_prob(functional_call(policy, parameters, s), a) for s, a in chunks])
 
     with torch.no_grad():
-        ref_log_prob = torch.vmap(reference_log_prob)(parameters)  # [S, N]
+        ref_logp = torch.vmap(reference_logp)(reference)  # [S, N]
 
-    # ---- stage two: the Lagrangian; a policy and a multiplier for each seed and limit
-    def run_loss(parameters, nu, labels, shared):
-        """Eq. 15 of one run, on the batch of pairs drawn for its seed."""
-        starts, ref_log_prob, pairs, masks = shared
-        steps = starts[pairs][..., None] + torch.arange(length, device=device)  # [B, 2, L]
-        mean = functional_call(policy, parameters, (observations[steps].flatten(0, 2), masks))
-        logp = log_prob(mean, actions[steps].flatten(0, 2)).view(steps.shape)
-        score = segment_score(logp, ref_log_prob[steps], args.gamma)
-        return presa_loss(score, tuple(x[pairs] for x in labels), nu, args)
-
-    # The runs of one seed share all but parameters, nu and labels: the inner map's None.
-    all_runs = torch.vmap(torch.vmap(run_loss, in_dims=(0, 0, 0, None)))
-    parameters = {
-        name: p.detach()[:, None].repeat_interleave(len(limits), 1).requires_grad_()
-        for name, p in parameters.items()
-    }  # [S, K, ...]
+    # ---- stage two: the Lagrangian; a policy and a multiplier for each of R = S x K runs
+    seed_of = torch.arange(len(args.seeds), device=device).repeat_interleave(len(limits))  # [R]
+    aligned = {
+        name: x.detach()[seed_of].requires_grad_(x.requires_grad) for name, x in reference.items()
+    }
     modules = {"presa": (args.nu_init, args.nu_lr), "preference": (0.0, 0.0), "safety": (1.0, 0.0)}
     nu_init, nu_lr = modules[args.objective]
-    nu = nu_init * (weight.sum((2, 3)) > 0)  # [S, K]; 0 where all segments are safe
-    optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
+    nu = nu_init * (weight.sum((1, 2)) > 0)  # [R]; 0 where all segments are safe
+    preference_weight = 0.0 if args.objective == "safety" else 1.0
+    rows = args.batch_size * segments[0, 0].numel()  # transitions in a batch
 
-    def align() -> dict[str, Tensor]:
-        """A step of alignment, from the draw of pairs to nu; what to log of it."""
-        # 1. draw a batch of pairs for each seed
-        batch = draw(num_pairs, args.batch_size, args.batch_size * 2 * length)
+    def run_loss(parameters, nu, labels, seed, pairs, masks):
+        """Eq. 15 of one run, on the batch of pairs drawn for its seed."""
+        batch = segments[seed, pairs]  # [B, 2, L]
+        mean = functional_call(policy, parameters, (observations[batch].flatten(0, 2), masks))
+        logp = log_prob(mean, actions[batch].flatten(0, 2)).view(batch.shape)
+        score = segment_score(logp, ref_logp[seed, batch], args.gamma)
+        labels = tuple(x[pairs] for x in labels)
+        weights = args.alpha, args.beta, args.delta
+        return alignment_loss(score, labels, nu, *weights, args.z_ref, preference_weight)
+
+    optimizer = torch.optim.Adam(
+        [x for x in aligned.values() if x.requires_grad], lr=args.lr, fused=True
+    )
+    training = {"policies": aligned, "optimizer": optimizer, "generators": generators, "nu": nu}
+    for step in range(run.restore("align", training, args.bc_steps) + 1, last + 1):
+        # 1. draw a batch of pairs for each seed; its runs share it
+        pairs, masks = (x[seed_of] for x in draw(segments.shape[1], args.batch_size, rows))
         # 2. the Lagrangian of every run, eq. 15
-        labels, shared = (safe_label, weight, has_preference), (starts, ref_log_prob, *batch)
-        loss, metrics = all_runs(parameters, nu, labels, shared)  # [S, K] each
+        labels = (safe_label, weight, has_preference)
+        loss, metrics = torch.vmap(run_loss)(aligned, nu, labels, seed_of, pairs, masks)  # [R] each
         # 3. theta descends
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
         # 4. nu ascends, and stays non-negative
         nu.copy_((nu + nu_lr * metrics["violation"]).clamp(min=0))  # eq. 14
-        return metrics
-
-    align = captured(align, optimizer, generators, args.cudagraphs)
-    others = {"optimizer": optimizer, "nu": nu}
-    first, last = args.bc_steps + 1, args.bc_steps + args.steps
-    for step in run.steps("align", first, last, parameters, generators, **others):
-        run.log("align", step, align())
-        run.evaluate("align", step, parameters)
-    final = {"nu": nu, "constraint_met": run.last["violation"] <= 0}  # the last row's mean
-    run.finish(parameters, final, stage_ends=args.bc_steps)
+        # 5. log, evaluate, save
+        run.log("align", step, metrics)
+        if step % args.eval_every == 0:
+            run.evaluate("align", step, aligned)
+        if step % args.checkpoint_every == 0:
+            run.save("align", step, training)
+    run.finish(aligned, {"nu": nu}, stage_ends=args.bc_steps)
 
 
 def load_policy(config: dict, parameters: dict[str, Tensor]) -> Callable[[np.ndarray], np.ndarray]:
     """Rebuild one policy for evaluation: observations [n, .] -> actions [n, .], dropout off."""
-    hidden, output = parameters["hidden1.weight"], parameters["output.weight"]
-    policy = Policy(hidden.shape[1], output.shape[0], hidden.shape[0])
+    policy = Policy(config["observation_dim"], config["action_dim"], config["hidden_size"])
     policy.load_state_dict(parameters)
     return lambda observations: policy(torch.from_numpy(observations)).detach().numpy()
 

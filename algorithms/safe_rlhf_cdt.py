@@ -24,7 +24,8 @@ as they are; unlike Dai et al.'s, the cost model is told kappa, by the labels' t
 rewards have no scale: standardised, the return to aim at is a high quantile among trajectories with
 a learned cost within kappa. Acting, too, the policy counts what its models say, not the truth.
 
-Labels depend on kappa: all is trained for each seed x cost limit, on an axis R (cdt.py's S below).
+R = seeds x cost limits are trained at once: every parameter has a leading axis for them. A seed
+fixes initial weights, segments, batches and dropout; the limit the labels, and with them all else.
 """
 
 import math
@@ -33,20 +34,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.args import (
+    FeedbackArgs,
+    OutputArgs,
+    UserError,
+    get_device,
+    parse_args,
+    run_main,
+    whole_file,
+)
+from common.dataset import Dataset, load_dataset
+from common.feedback import Feedback, get_feedback
+from common.results import Run
+from common.tasks import Task, get_task
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common.args import FeedbackArgs, OutputArgs, check_args
-from common.cli import UserError, get_device, parse_args, run_main
-from common.dataset import load_dataset, within_limit
-from common.dropout import dropout_masks
-from common.feedback import get_feedback
-from common.results import Run, save_scatter
-from common.tasks import Task, get_task
 
 
 @dataclass
@@ -66,6 +73,8 @@ class Args(OutputArgs, FeedbackArgs):
     """units of each of their two hidden layers (ours)"""
     held_out: float = 0.1
     """share of the pairs that they are tested on, and not trained (ours)"""
+
+    # ---- what CDT is told; the flags from reward_scale on are those of cdt.py
     target_quantile: float = 0.9
     """quantile of the learned returns within the limit that CDT is told to reach (ours)"""
     reward_scale: float = 0.1
@@ -90,7 +99,7 @@ class Args(OutputArgs, FeedbackArgs):
     heads: int = 8
     """attention heads of each block; they divide --width (CDT)"""
     dropout: float = 0.1
-    """probability, in 1/256, of dropping a number of an embedding or a residual branch (CDT)"""
+    """probability of dropping a number of an embedding or a residual branch (CDT)"""
 
     # ---- optimisation
     steps: int = 100_000
@@ -111,8 +120,11 @@ class Args(OutputArgs, FeedbackArgs):
     """weight of the policy's entropy at the start; then it is learned (CDT)"""
 
 
-Params = dict[str, Tensor]  # by name, [S, ...]; those of a linear layer are [S, in, out]
-Tokens = tuple[Tensor, ...]  # returns- and costs-to-go, observations, actions, [S, B, K, .] each
+# ------------------------------- from here to within_limit, word for word what stands in cdt.py
+
+
+Params = dict[str, Tensor]  # by name, [R, ...]; those of a linear layer are [R, in, out]
+Tokens = tuple[Tensor, ...]  # returns- and costs-to-go, observations, actions, [R, B, K, .] each
 
 
 def init_parameters(seed: int, task: Task, args: Args) -> Params:
@@ -136,12 +148,12 @@ def init_parameters(seed: int, task: Task, args: Args) -> Params:
 
 
 def linear(p: Params, name: str, x: Tensor) -> Tensor:
-    """[S, N, in] -> [S, N, out], each seed with its own weights."""
+    """[R, N, in] -> [R, N, out], each run with its own weights."""
     return torch.baddbmm(p[f"{name}_bias"], x, p[name])
 
 
 def norm(p: Params, name: str, x: Tensor) -> Tensor:
-    """Layer norm over the last axis of [S, N, width]."""
+    """Layer norm over the last axis of [R, N, width]."""
     return F.layer_norm(x, x.shape[-1:]) * p[f"norm_{name}"] + p[f"norm_{name}_bias"]
 
 
@@ -153,38 +165,38 @@ def transformer(
     Causal: what is said of step t does not depend on any token after s_t (its action) or a_t (its
     cost), so whatever pads a sequence at its end changes nothing before.
 
-    time, [S, B, K], counts the steps of the episode; dropout's masks are [S, 1 + 2 layers, B * 4K,
-    width], or none. Returns mean and log-deviation of the action [S, B, K, .] and the logit of the
-    cost [S, B, K]; where only the last steps are asked for (to act, 1), K is their number.
+    time, [R, B, K], counts the steps of the episode; dropout's masks are [R, 1 + 2 layers, B * 4K,
+    width], or none. Returns mean and log-deviation of the action [R, B, K, .] and the logit of the
+    cost [R, B, K]; where only the last steps are asked for (to act, 1), K is their number.
     """
-    s, b, k = time.shape
+    r, b, k = time.shape
     width, layers = p["embed_time"].shape[-1], sum(name.startswith("qkv") for name in p) // 2
-    when = time.reshape(s, -1, 1).expand(-1, -1, width)
-    embedded = p["embed_time"].gather(1, when)  # [S, B*K, width]
+    time_index = time.reshape(r, -1, 1).expand(-1, -1, width)
+    embedded = p["embed_time"].gather(1, time_index)  # [R, B*K, width]
     names = ("embed_return", "embed_cost", "embed_observation", "embed_action")
     parts = [linear(p, n, x.flatten(1, 2)) + embedded for n, x in zip(names, tokens, strict=True)]
-    x = torch.stack(parts, 2).view(s, b * k * 4, width)  # R_1 C_1 s_1 a_1 R_2 ...
+    x = torch.stack(parts, 2).view(r, b * k * 4, width)  # R_1 C_1 s_1 a_1 R_2 ...
     drop = [x.new_ones(1, 1, 1)] * (1 + 2 * layers) if masks is None else masks.unbind(1)
     x = norm(p, "embed", x) * drop[0]
-    sees = torch.ones(k * 4, k * 4, dtype=torch.bool, device=x.device).tril()  # what came before
+    causal_mask = torch.ones(k * 4, k * 4, dtype=torch.bool, device=x.device).tril()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):  # the blocks alone
         for i in range(layers):
-            qkv = linear(p, f"qkv{i}", norm(p, f"a{i}", x)).view(s * b, k * 4, 3, heads, -1)
-            query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [S*B, heads, 4K, width/heads] each
+            qkv = linear(p, f"qkv{i}", norm(p, f"a{i}", x)).view(r * b, k * 4, 3, heads, -1)
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [R*B, heads, 4K, width/heads] each
             if i == layers - 1:  # of what leaves it, only states and actions are read
                 read = torch.arange(k * 4, device=x.device).view(k, 4)[-(last or k) :, 2:].flatten()
-                x = x.view(s, b, k * 4, width)[:, :, read].flatten(1, 2)
-                query, sees = query[:, :, read], sees[read]
-            seen = F.scaled_dot_product_attention(query, key, value, sees)
+                x = x.view(r, b, k * 4, width)[:, :, read].flatten(1, 2)
+                query, causal_mask = query[:, :, read], causal_mask[read]
+            seen = F.scaled_dot_product_attention(query, key, value, causal_mask)
             seen = linear(p, f"project{i}", seen.transpose(1, 2).reshape(x.shape))
             x = x + seen * drop[1 + 2 * i][:, : x.shape[1]]
             hidden = F.gelu(linear(p, f"up{i}", norm(p, f"b{i}", x)))
             x = x + linear(p, f"down{i}", hidden) * drop[2 + 2 * i][:, : x.shape[1]]
     k = last or k
-    at_state, at_action = norm(p, "out", x).view(s, b * k, 2, width).unbind(2)
+    at_state, at_action = norm(p, "out", x).view(r, b * k, 2, width).unbind(2)
     log_std = -1.5 + 3.5 * torch.tanh(linear(p, "log_std", at_state))  # in [-5, 2]
     mean, cost = linear(p, "mean", at_state), linear(p, "cost", at_action)
-    return mean.view(s, b, k, -1), log_std.view(s, b, k, -1), cost.view(s, b, k)
+    return mean.view(r, b, k, -1), log_std.view(r, b, k, -1), cost.view(r, b, k)
 
 
 def cdt_loss(
@@ -195,10 +207,10 @@ def cdt_loss(
     log_temperature: Tensor,
     cost_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each run's batch, [S], and what to log, [S] each: means over the valid steps.
+    """The loss of each run's batch, [R], and what to log, [R] each: means over the valid steps.
 
-    output is the transformer's; action [S, B, K, .], costs [S, B, K] and valid, 0 where the episode
-    has ended; log_temperature [S]. The last part moves the temperature alone: it rises while the
+    output is the transformer's; action [R, B, K, .], costs [R, B, K] and valid, 0 where the episode
+    has ended; log_temperature [R]. The last part moves the temperature alone: it rises while the
     entropy is below -|A|, and falls above (Haarnoja et al. 2018).
     """
     mean, log_std, cost_logit = output
@@ -240,14 +252,35 @@ def augmented(
     Returns the episode [count], and what is added to its returns- and costs-to-go [count, 2].
     """
     front = pareto_front(costs, returns)
-    told_cost = rng.uniform(costs.min(), costs.max(), count)
-    episode = front[np.searchsorted(costs[front], told_cost, side="right") - 1]
+    target_cost = rng.uniform(costs.min(), costs.max(), count)
+    episode = front[np.searchsorted(costs[front], target_cost, side="right") - 1]
     more_return = rng.uniform(0, returns.std(), count)
-    return episode, np.stack((more_return, told_cost - costs[episode]), 1)
+    return episode, np.stack((more_return, target_cost - costs[episode]), 1)
+
+
+def to_go(dataset: Dataset, x: np.ndarray) -> np.ndarray:
+    """What is still to come in the episode, this step included, [N] -> [N]."""
+    total = np.append(np.cumsum(x[::-1])[::-1], 0)  # to the end of the data
+    lengths = dataset.episode_ends - dataset.episode_starts
+    return total[:-1] - np.repeat(total[dataset.episode_ends], lengths)
+
+
+def within_limit(costs: np.ndarray, limit: float) -> np.ndarray:
+    """Which episodes cost no more than the limit, [E]; the cheapest tenth where none does."""
+    within = costs <= limit
+    if not within.any():
+        print(f"note: no episode counts as within {limit:g}; the cheapest tenth stands for them")
+        within = costs <= np.quantile(costs, 0.1)
+    return within
+
+
+# ---------------------------------------------------------------------- reward and cost models
+
+Tensors = tuple[Tensor, ...]
 
 
 def init_models(seed: int, task: Task, limit: float, width: int) -> Params:
-    """Reward and cost model, two hidden layers each, and the log of the sharpness."""
+    """Reward and cost model of one run, two hidden layers each, and the log of the sharpness."""
     generator = torch.Generator().manual_seed(seed)
     models = {"sharpness": torch.zeros(1, 1)}
     for name in ("reward", "cost_rate"):
@@ -272,8 +305,25 @@ def predict(p: Params, observation: Tensor, action: Tensor) -> tuple[Tensor, Ten
     return outputs[0], outputs[1].sigmoid()
 
 
+def cost_direction(feedback: Feedback, device: torch.device) -> Tensor:
+    """+1 where the preferred segment of a pair costs more, -1 where less, else 0: [S, P].
+
+    Raises:
+        UserError: nobody was asked.
+    """
+    if feedback.cost_preference is None:
+        raise UserError(
+            f"--feedback {feedback.provenance['path']}: the key cost_preference is missing, which "
+            "says which of two segments costs more"
+        )
+    preferred = feedback.preference == 1  # where it stands, 0 or 1, as in feedback.tensors
+    direction = np.where(feedback.cost_preference == preferred, 1, -1)
+    direction = np.where(feedback.cost_preference < 0, 0, direction)
+    return torch.from_numpy(np.float32(direction)).to(device)
+
+
 def model_loss(
-    reward: Tensor, cost: Tensor, labels: tuple[Tensor, ...], sharpness: Tensor, threshold: Tensor
+    reward: Tensor, cost: Tensor, labels: Tensors, sharpness: Tensor, threshold: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses and accuracies of both models, [R] each, on segments' sums of preferred and rejected.
 
@@ -289,18 +339,184 @@ def model_loss(
         "cost_label": (-y * k * excess, y.abs()),
     }
     loss, metrics = 0.0, {}
-    for name, (margin, known) in margins.items():
-        count = known.sum(1)
-        part = -(known * F.logsigmoid(margin)).sum(1) / count.clamp(min=1)
+    for name, (margin, has_label) in margins.items():
+        count = has_label.sum(1)
+        part = (has_label * F.softplus(-margin)).sum(1) / count.clamp(min=1)  # -log sigmoid(margin)
         loss = loss + part
         metrics[f"{name}_loss"] = part.detach()
-        metrics[f"{name}_accuracy"] = (known * (margin > 0)).sum(1) / count
+        metrics[f"{name}_accuracy"] = (has_label * (margin > 0)).sum(1) / count
     return loss, metrics | {"loss": loss.detach(), "sharpness": sharpness.detach()}
 
 
+# ------------------------------------------------------------------------------ the three steps
+
+
+def train_models(
+    args: Args, run: Run, models: Params, data: Tensors, feedback: Tensors
+) -> dict[str, Tensor]:
+    """Fit the models to the feedback, in place; their accuracies on held-out pairs, [R] each.
+
+    data are all observations and actions; feedback is segments [S, P, 2, L], and of all pairs the
+    three labels and the threshold that ``model_loss`` takes.
+    """
+    segments, *labels, threshold = feedback
+    device, count = segments.device, segments.shape[1]
+    each = torch.arange(len(threshold), device=device)[:, None]  # [R, 1]
+    seed_of = each * len(segments) // len(each)  # [R, 1]
+    trained = max(1, round((1 - args.held_out) * count))  # the last pairs are held out
+
+    def loss_of(pairs):
+        """Loss and metrics on pairs [R, B]."""
+        batch = segments[seed_of, pairs]  # [R, B, 2, L]
+        inputs = (x[batch].flatten(1, 3) for x in data)
+        reward, cost = (x.view(batch.shape).sum(-1) for x in predict(models, *inputs))
+        sharpness = models["sharpness"].exp().flatten()
+        return model_loss(reward, cost, [x[each, pairs] for x in labels], sharpness, threshold)
+
+    groups = [{"params": [p for name, p in models.items() if name != "sharpness"]}]
+    groups += [{"params": [models["sharpness"]], "lr": 1e-2}]  # one number: it may move faster
+    optimizer = torch.optim.Adam(groups, lr=args.model_lr, fused=True)
+    generators = [torch.Generator(device).manual_seed(seed) for seed in args.seeds]
+    training = {"models": models, "optimizer": optimizer, "generators": generators}
+    for step in range(run.restore("models", training) + 1, args.model_steps + 1):
+        shape = (args.model_batch_size,)
+        pairs = [torch.randint(trained, shape, generator=g, device=device) for g in generators]
+        loss, metrics = loss_of(torch.stack(pairs)[seed_of[:, 0]])
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+        run.log("models", step, metrics)
+        if step % args.checkpoint_every == 0 or step == args.model_steps:
+            run.save("models", step, training)
+    with torch.no_grad():
+        _, metrics = loss_of(torch.arange(trained, count, device=device).expand(len(each), -1))
+    return {f"held_out_{name}": x for name, x in metrics.items() if name.endswith("accuracy")}
+
+
+def relabel(models: Params, data: Tensors) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    """What the models say of all transitions: rewards, standardised, and costs, [R, N] both.
+
+    Returns as well what rewards were standardised by, mean and deviation, [R, 2].
+    """
+    runs, chunks = len(models["sharpness"]), zip(*(x.split(8192) for x in data), strict=True)
+    parts = [predict(models, *(x.expand(runs, -1, -1) for x in chunk)) for chunk in chunks]
+    rewards, costs = (torch.cat(x, 1).double() for x in zip(*parts, strict=True))
+    mean, deviation = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True) + 1e-6
+    rewards = (rewards - mean) / deviation
+    return rewards.cpu().numpy(), costs.cpu().numpy(), torch.cat((mean, deviation), 1).float()
+
+
+def train_cdt(
+    args: Args,
+    run: Run,
+    task: Task,
+    dataset: Dataset,
+    policies: Params,
+    rewards: np.ndarray,
+    costs: np.ndarray,
+) -> None:
+    """Train the policies' transformers, in place, on learned rewards and costs, [R, N] both.
+
+    The lines are those of main in cdt.py, but that a run has rewards and costs of its own, and
+    shares what is drawn with the others of its seed.
+    """
+    parameters = {name: p for name, p in policies.items() if p.requires_grad}
+    device = parameters["mean"].device
+    to_come = np.stack([[to_go(dataset, x) for x in y] for y in (rewards, costs)], -1)  # [R, N, 2]
+    totals = [np.add.reduceat(x, dataset.episode_starts, 1) for x in (costs, rewards)]  # [R, E]
+    arrays = (dataset.observations, dataset.actions, costs, to_come)
+    observations, actions, costs, to_come = (
+        torch.from_numpy(np.float32(x)).to(device) for x in arrays
+    )
+    lengths = dataset.episode_ends - dataset.episode_starts
+    entries = []  # the trajectories that each run samples from
+    seeds = np.repeat(args.seeds, len(costs) // len(args.seeds))  # [R]
+    for seed, total_cost, total_return in zip(seeds, *totals, strict=True):
+        rng = np.random.default_rng(seed)
+        extra, added = augmented(total_cost, total_return, round(args.augment * len(lengths)), rng)
+        episode = np.append(np.arange(len(lengths)), extra)
+        more = np.concatenate((np.zeros((len(lengths), 2)), added))  # is added to its to-go
+        cost = total_cost[episode] + more[:, 1]
+        share = (cost - cost.min()) / max(np.ptp(cost), 1e-9)  # 0 the cheapest, 1 the costliest
+        weight = args.low_cost_weight + (1 - args.low_cost_weight) * share
+        chance = np.float32(weight.cumsum() / weight.sum())[:-1]  # that one up to it is sampled
+        entries.append((dataset.episode_starts[episode], lengths[episode], more, chance))
+    start, length, more, chance = (
+        torch.from_numpy(np.stack(x)).to(device) for x in zip(*entries, strict=True)
+    )  # [R, M] each
+    generators = [torch.Generator(device).manual_seed(seed) for seed in args.seeds]
+    each = torch.arange(len(start), device=device)[:, None]  # [R, 1]
+    seed_of = each[:, 0] * len(generators) // len(start)  # [R]
+    scale = torch.tensor([args.reward_scale, 1.0], device=device)
+    log_temperature = torch.full((len(start),), math.log(args.temperature), device=device)
+    log_temperature.requires_grad_()
+    groups = [{"params": list(parameters.values()), "weight_decay": args.weight_decay}]
+    groups += [{"params": [log_temperature], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / args.warmup, 1, args.warmup)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        """Numbers in [0, 1), [S, 2, B], and dropout masks, [S, 1 + 2 layers, B * 4K, width]."""
+        numbers = [torch.rand(2, args.batch_size, generator=g, device=device) for g in generators]
+        shape = (1 + 2 * args.layers, args.batch_size * 4 * args.context, args.width)
+        uniform = torch.stack([torch.rand(shape, generator=g, device=device) for g in generators])
+        return torch.stack(numbers), uniform.ge_(args.dropout).div_(1 - args.dropout)
+
+    training = {"parameters": parameters, "log_temperature": log_temperature}
+    training |= {"optimizer": optimizer, "warmup": warmup, "generators": generators}
+    first, last = args.model_steps, args.model_steps + args.steps
+    for step in range(run.restore("cdt", training, first) + 1, last + 1):
+        # 1. draw sequences of K steps, some running beyond their episode's end
+        numbers, masks = (x[seed_of] for x in draw())
+        which = torch.searchsorted(chance, numbers[:, 0].contiguous())  # by its weight, [R, B]
+        place, steps = numbers[:, 1], length[each, which]  # where in it, of how many steps
+        time = (place * steps).long()[..., None] + torch.arange(args.context, device=device)
+        valid = (time < steps[..., None]).float()  # [R, B, K]
+        time = time.clamp(max=task.horizon - 1)
+        t = (start[each, which][..., None] + time).clamp(max=len(actions) - 1)
+        own = (each[..., None], t)  # into what each run has of its own, [R, N]
+        target_to_go = scale * (to_come[own] + more[each, which][:, :, None]).float()
+        tokens = (*target_to_go.split(1, -1), observations[t], actions[t])  # [R, B, K, .] each
+        # 2. the loss of every run
+        output = transformer(parameters, args.heads, tokens, time, masks)
+        loss, metrics = cdt_loss(
+            output, actions[t], costs[own], valid, log_temperature, args.cost_weight
+        )
+        # 3. a step, each run's gradient clipped on its own
+        optimizer.zero_grad()
+        loss.sum().backward()
+        square = sum(p.grad.square().flatten(1).sum(1) for p in parameters.values())  # [R]
+        shrink = (args.clip / (square.sqrt() + 1e-6)).clamp(max=1)
+        for p in parameters.values():
+            p.grad.mul_(shrink.view(-1, *[1] * (p.dim() - 1)))
+        optimizer.step()
+        warmup.step()
+        # 4. log, evaluate, save
+        run.log("cdt", step, metrics)
+        if step % args.eval_every == 0:
+            run.evaluate("cdt", step, policies)
+        if step % args.checkpoint_every == 0:
+            run.save("cdt", step, training)
+
+
+def draw_calibration(path: Path, true: np.ndarray, learned: np.ndarray, limits: list) -> None:
+    """Draw what episodes cost by their models, [R, E], against the truth, [E]; a panel a limit."""
+    from matplotlib.figure import Figure  # slow to import, so only here
+
+    figure = Figure(figsize=(3 * len(limits), 3), layout="constrained")
+    for k, axis in enumerate(figure.subplots(1, len(limits), squeeze=False)[0]):
+        axis.plot(true, learned[k :: len(limits)].T, ".", markersize=2)  # a colour a seed
+        axis.axline((0, 0), slope=1, color="black", linewidth=1)
+        for line in (axis.axvline, axis.axhline):
+            line(limits[k], color="gray", linestyle=":", linewidth=1)
+        axis.set(xlabel="true cost of an episode", title=f"cost limit {limits[k]:g}")
+        axis.set_ylabel("learned cost")
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=150, format="png")
+
+
 def main() -> None:
-    args = parse_args(Args)
-    check_args(args, shares=("target_quantile",), below_1=("held_out",))
+    args = parse_args(Args, shares=("target_quantile",), below_1=("held_out",))
     if args.width % args.heads:
         raise UserError(f"--heads {args.heads}: must divide --width {args.width}")
     if args.temperature <= 0 or args.low_cost_weight < 1:
@@ -311,140 +527,59 @@ def main() -> None:
     device = get_device(args.device)
     dataset = load_dataset(task, args.data)
     feedback = get_feedback(dataset, task, args)
-    limits, seeds, segment = feedback.cost_limits, args.seeds, feedback.segment_length
-    starts, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
-    direction = torch.zeros_like(has_preference)  # [S, K, P]
-    if args.cost_feedback == "pairs-and-labels":
-        direction += feedback.cost_direction(device)[:, None] * (safe_label[..., 0] != 0)
-    if not has_preference.any(-1).all():
+    limits = feedback.cost_limits
+    segments, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
+    if not has_preference.any(1).all():
         raise UserError(f"--feedback {args.feedback}: at a limit no pair has a preference")
-    labels = [x.flatten(0, 1) for x in (has_preference, safe_label, direction)]  # [R, P, ...]
-    starts = starts.repeat_interleave(len(limits), 0)  # [R, P, 2]
-    trained = max(1, round((1 - args.held_out) * starts.shape[1]))  # the last pairs are held out
-    run = Run(args, __file__, task, dataset, limits, args.model_steps + args.steps, feedback)
-    arrays = (dataset.observations, dataset.actions)
-    observations, actions = (torch.from_numpy(x).to(device) for x in arrays)
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    direction = torch.zeros_like(has_preference)  # [R, P]
+    if args.cost_feedback == "pairs-and-labels":
+        direction += cost_direction(feedback, device).repeat_interleave(len(limits), 0)
+        direction *= safe_label[..., 0].abs()  # 0 where --filter-preferences leaves the pair out
+    observations = torch.from_numpy(dataset.observations).to(device)
+    actions = torch.from_numpy(dataset.actions).to(device)
+    runs = [(seed, limit) for seed in args.seeds for limit in limits]
 
     def stacked(inits: list[Params]) -> Params:
         """One of each run -> [R, ...], to be trained."""
         return {n: torch.stack([p[n] for p in inits]).to(device).requires_grad_() for n in inits[0]}
 
-    def each_run(draws: Tensor) -> Tensor:
-        """[S, ...] -> [R, ...]: a seed's runs share what is drawn."""
-        return draws.repeat_interleave(len(limits), 0)
+    models = stacked([init_models(seed, task, limit, args.model_width) for seed, limit in runs])
+    parameters = stacked([init_parameters(seed, task, args) for seed, _ in runs])
+    known = {name: torch.zeros(len(runs), 2, device=device) for name in ("aim", "moments")}
+    policies = {**models, **parameters, **known}
+    run = Run(args, __file__, task, dataset, limits, args.model_steps + args.steps, feedback)
+    first = {name: x[0].detach().cpu() for name, x in policies.items()}
+    load_policy(run.config, first)(dataset.observations[:1])  # as evaluation will
 
-    # ---- stage one: reward and cost models
-    models = stacked([init_models(s, task, k, args.model_width) for s in seeds for k in limits])
-    threshold = torch.tensor(limits, device=device).repeat(len(seeds)) * segment / task.horizon
-    each = torch.arange(len(starts), device=device)[:, None]  # [R, 1]
+    # ---- 1. reward and cost models
+    data = (observations, actions)
+    kappa = torch.tensor([limit for _, limit in runs], device=device)  # [R]
+    threshold = kappa * feedback.segment_length / task.horizon
+    labelled = (segments, has_preference, safe_label, direction, threshold)
+    final = train_models(args, run, models, data, labelled)
+    for p in models.values():
+        p.requires_grad_(False)
 
-    def score(pairs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics on pairs [R, B]."""
-        steps = starts[each, pairs][..., None] + torch.arange(segment, device=device)
-        inputs = (x[steps].flatten(1, 3) for x in (observations, actions))
-        reward, cost = (x.view(steps.shape).sum(-1) for x in predict(models, *inputs))
-        known = tuple(x[each, pairs] for x in labels)
-        return model_loss(reward, cost, known, models["sharpness"].exp().flatten(), threshold)
+    # ---- 2. what they say of the data, and the return to aim at
+    rewards, costs, moments = relabel(models, data)
+    total_cost = np.add.reduceat(costs, dataset.episode_starts, 1)  # [R, E]
+    total_return = np.add.reduceat(rewards, dataset.episode_starts, 1)
+    within = [within_limit(total_cost[r], limit) for r, (_, limit) in enumerate(runs)]
+    returns = [x[w] for x, w in zip(total_return, within, strict=True)]
+    final["target_return"] = [np.quantile(x, args.target_quantile) for x in returns]
+    true = dataset.episode_costs
+    final["cost_correlation"] = [np.corrcoef(x, true)[0, 1] for x in total_cost]
+    draw_calibration(run.folder / "calibration.png", true, total_cost, limits)
+    policies["aim"].copy_(torch.stack((torch.tensor(final["target_return"]), kappa.cpu()), 1))
+    policies["moments"].copy_(moments)
 
-    groups = [{"params": [p for name, p in models.items() if name != "sharpness"]}]
-    groups += [{"params": [models["sharpness"]], "lr": 1e-2}]  # one number: it may move faster
-    optimizer = torch.optim.Adam(groups, lr=args.model_lr, fused=True)
-    for step in run.steps("models", 1, args.model_steps, models, generators, optimizer=optimizer):
-        shape = (args.model_batch_size,)
-        drawn = [torch.randint(trained, shape, generator=g, device=device) for g in generators]
-        loss, metrics = score(each_run(torch.stack(drawn)))
-        optimizer.zero_grad()
-        loss.sum().backward()
-        optimizer.step()
-        run.log("models", step, metrics)
-
-    # ---- what they say of the data, and how right they are
-    with torch.no_grad():
-        rest = torch.arange(trained, starts.shape[1], device=device).expand(len(starts), -1)
-        said = score(rest)[1].items()
-        final = {f"held_out_{name}": x for name, x in said if name.endswith("accuracy")}
-        chunks = zip(observations.split(8192), actions.split(8192), strict=True)
-        parts = [predict(models, *(x.expand(len(starts), -1, -1) for x in c)) for c in chunks]
-        rewards, costs = (torch.cat(x, 1).double() for x in zip(*parts, strict=True))  # [R, N]
-        centre, width = rewards.mean(1), rewards.std(1) + 1e-6
-        rewards = (rewards - centre[:, None]) / width[:, None]
-        rewards, costs = rewards.cpu().numpy(), costs.cpu().numpy()
-        total_cost = np.add.reduceat(costs, dataset.episode_starts, 1)  # [R, E]
-        total_reward = np.add.reduceat(rewards, dataset.episode_starts, 1)
-    kappa, true = np.tile(limits, len(seeds)), dataset.episode_costs  # [R], [E]
-    within = [within_limit(x, k, " by its model") for x, k in zip(total_cost, kappa, strict=True)]
-    pairs = zip(total_reward, within, strict=True)
-    final["target_return"] = np.stack([np.quantile(x[w], args.target_quantile) for x, w in pairs])
-    final["cost_correlation"] = np.stack([np.corrcoef(x, true)[0, 1] for x in total_cost])
-    save_scatter(run.folder / "calibration.png", true, total_cost, limits)
-    aim = torch.from_numpy(np.stack((final["target_return"], kappa), 1)).float()
-    known = models | {"aim": aim, "moments": torch.stack((centre, width), 1).float()}
-
-    # ---- stage two: CDT; sequences are gathered from the data, on the device, by index
-    lengths = dataset.episode_ends - dataset.episode_starts
-    entries = []  # each run's trajectories to sample: where, what is added to its to-go, weight
-    for r, (cost, reward) in enumerate(zip(total_cost, total_reward, strict=True)):
-        rng = np.random.default_rng(seeds[r // len(limits)])
-        extra, added = augmented(cost, reward, round(args.augment * len(lengths)), rng)
-        episode = np.append(np.arange(len(lengths)), extra)
-        more = np.concatenate((np.zeros((len(lengths), 2)), added))
-        told = cost[episode] + more[:, 1]
-        share = (told - told.min()) / max(np.ptp(told), 1e-9)  # 0 the cheapest, 1 the costliest
-        weight = args.low_cost_weight + (1 - args.low_cost_weight) * share
-        entries.append((dataset.episode_starts[episode], lengths[episode], more, weight))
-    start, length, more, weight = (
-        torch.from_numpy(np.stack(x)).to(device) for x in zip(*entries, strict=True)
-    )  # [R, M], more [R, M, 2]
-    chance = (weight.cumsum(1) / weight.sum(1, keepdim=True))[:, :-1].float().contiguous()
-    to_go = np.stack([[dataset.to_go(x) for x in y] for y in (rewards, costs)], -1)  # [R, N, 2]
-    costs, to_go = (torch.from_numpy(np.float32(x)).to(device) for x in (costs, to_go))
-    scale = torch.tensor([args.reward_scale, 1.0], device=device)
-    parameters = stacked([init_parameters(seed, task, args) for seed in seeds for _ in limits])
-    log_temperature = torch.full_like(threshold, math.log(args.temperature)).requires_grad_()
-    groups = [{"params": list(parameters.values()), "weight_decay": args.weight_decay}]
-    groups += [{"params": [log_temperature], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / args.warmup, 1, args.warmup)
-
-    policy = {n: p.unflatten(0, (len(seeds), -1)) for n, p in (parameters | known).items()}
-    shape = (1 + 2 * args.layers, args.batch_size * 4 * args.context, args.width)
-    others = {"optimizer": optimizer, "rise": rise, "log_temperature": log_temperature}
-    first, last = args.model_steps + 1, args.model_steps + args.steps
-    for step in run.steps("cdt", first, last, parameters, generators, **others):
-        # 1. draw sequences of K steps, some running beyond their episode's end
-        masks = each_run(dropout_masks(shape, args.dropout, generators))
-        numbers = [torch.rand(2, args.batch_size, generator=g, device=device) for g in generators]
-        numbers = each_run(torch.stack(numbers))  # in [0, 1), [R, 2, B]
-        which = torch.searchsorted(chance, numbers[:, 0].contiguous())  # by its weight, [R, B]
-        place, long = numbers[:, 1], length[each, which]  # where in it, of how many steps
-        time = (place * long).long()[..., None] + torch.arange(args.context, device=device)
-        valid = (time < long[..., None]).float()  # [R, B, K]
-        time = time.clamp(max=task.horizon - 1)
-        t = (start[each, which][..., None] + time).clamp(max=len(actions) - 1)
-        told = to_go[each[..., None], t] + more[each, which][:, :, None]  # [R, B, K, 2]
-        tokens = (*(scale * told).float().split(1, -1), observations[t], actions[t])
-        # 2. the loss of every run
-        output = transformer(parameters, args.heads, tokens, time, masks)
-        loss, metrics = cdt_loss(
-            output, actions[t], costs[each[..., None], t], valid, log_temperature, args.cost_weight
-        )
-        # 3. a step, each run's gradient clipped on its own
-        optimizer.zero_grad()
-        loss.sum().backward()
-        square = sum(p.grad.square().flatten(1).sum(1) for p in parameters.values())  # [R]
-        shrink = (args.clip / (square.sqrt() + 1e-6)).clamp(max=1)
-        for p in parameters.values():
-            p.grad.mul_(shrink.view(-1, *[1] * (p.dim() - 1)))
-        optimizer.step()
-        rise.step()
-        run.log("cdt", step, metrics)
-        run.evaluate("cdt", step, policy)
-    run.finish(policy, final, stage_ends=args.model_steps)
+    # ---- 3. CDT
+    train_cdt(args, run, task, dataset, policies, rewards, costs)
+    run.finish(policies, final, stage_ends=args.model_steps)
 
 
 class Actor:
-    """Play n episodes at once; what is still to come is counted by the learned models."""
+    """Play n episodes at once, as in cdt.py; here the models count what is still to come."""
 
     def __init__(self, config: dict, parameters: Params):
         self.parameters = {name: p[None] for name, p in parameters.items()}
@@ -467,13 +602,16 @@ class Actor:
             mean = transformer(self.parameters, self.heads, tokens, time, last=1)[0][0, :, 0]
             action = mean.clamp(-1, 1)
             reward, cost = predict(self.parameters, observation[None], action[None])
-        centre, scale = self.parameters["moments"][0]
-        self.togo = self.togo - torch.stack(((reward[0] - centre) / scale, cost[0]), 1) * self.scale
+        mean_reward, deviation = self.parameters["moments"][0]
+        brought = torch.stack(((reward[0] - mean_reward) / deviation, cost[0]), 1)
+        self.togo = self.togo - brought * self.scale
         self.history[-1][3] = action
         return mean.numpy()
 
 
-load_policy = Actor  # the name by which evaluation asks for it
+def load_policy(config: dict, parameters: Params) -> Actor:
+    """Rebuild one policy for evaluation: observations [n, .] -> actions [n, .], dropout off."""
+    return Actor(config, parameters)
 
 
 if __name__ == "__main__":

@@ -5,25 +5,25 @@
 
 It sees PreSa's feedback and merges it: a safe segment is preferred to an unsafe one, whichever did
 better; of two safe or two unsafe ones the better is. First the policy imitates all segments and is
-frozen as the reference; then it explains these preferences (contrastive preference learning, as in
-PreSa's preference term):
+frozen as the reference. Then it is aligned: it explains these preferences (contrastive preference
+learning). That is PreSa's preference term alone, with other preferences:
 
     min_theta  E[-log sigmoid(alpha (Psi(s+) - Psi(s-)))]                                (eq. 2-4)
 
     paper          here                    meaning
     sigma          segment                 L consecutive steps (s_t, a_t) of one episode
     sigma+/-       preferred, rejected     the two segments of a pair, after merging
-                   direction               +1 where the one that did better is sigma+, -1 where
-                                           safety turns the pair round, 0 where nobody can say
+                   order                   which of a pair's two segments are these, 0 or 1 each
     log pi(a|s)    log_prob                -|pi(s) - a|^2, a Gaussian of fixed variance (B.4)
     psi / beta     score, Psi above        sum_t gamma^t log pi(a_t|s_t) / pi_ref(a_t|s_t) (eq. 7)
     alpha          alpha                   temperature (eq. 3)
     kappa, T_max   cost_limit, horizon     behind the labels: safe iff cost <= kappa L / T_max
 
-A pair without a preference serves where its labels differ. The paper has this method in Table 8.
+A pair without a preference serves where its labels differ. The paper has this method in Table 8 and
+names no settings of it: they are those of PreSa.
 
-Seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it over
-all. A seed fixes initial weights, segments, batches and dropout masks; the limit only the labels.
+R = seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it
+over all. A seed fixes initial weights, segments, batches and dropout; the limit only the labels.
 """
 
 import sys
@@ -31,31 +31,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.args import FeedbackArgs, OutputArgs, UserError, get_device, parse_args, run_main
+from common.dataset import load_dataset
+from common.feedback import get_feedback
+from common.results import Run
+from common.tasks import get_task
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common.args import FeedbackArgs, GraphArgs, check_args
-from common.cli import UserError, get_device, parse_args, run_main
-from common.dataset import load_dataset
-from common.dropout import dropout_masks
-from common.feedback import get_feedback
-from common.gpu import captured, log_sigmoid
-from common.results import Run
-from common.tasks import get_task
-
 
 @dataclass
-class Args(GraphArgs, FeedbackArgs):
+class Args(OutputArgs, FeedbackArgs):
     """Unified Comparison: safe before unsafe, then better before worse, as one preference."""
 
     # ---- objective
     alpha: float = 0.1
-    """alpha, temperature of the preference (eq. 3; ours: PreSa's)"""
+    """alpha, temperature of the preference (eq. 3; PreSa: measured)"""
     gamma: float = 1.0
     """gamma, discount inside a segment (eq. 7; the paper's proof: close to 1)"""
 
@@ -67,15 +64,15 @@ class Args(GraphArgs, FeedbackArgs):
     bc_batch_size: int = 512
     """transitions a step of behaviour cloning (ours)"""
     steps: int = 3_000
-    """steps of alignment (ours: PreSa's)"""
+    """steps of alignment (PreSa: measured)"""
     lr: float = 1e-3
-    """learning rate of alignment, Adam (ours: PreSa's)"""
+    """learning rate of alignment, Adam (PreSa: measured)"""
     batch_size: int = 16
-    """pairs a step of alignment (ours: PreSa's)"""
+    """pairs a step of alignment (PreSa: measured)"""
     hidden_size: int = 256
     """units of each of the two hidden layers (paper, B.4)"""
     dropout: float = 0.25
-    """probability, in 1/256, of dropping a hidden unit (B.4 names no value; ours)"""
+    """probability of dropping a hidden unit, of pi and not of pi_ref (B.4 names no value; ours)"""
 
 
 class Policy(nn.Module):
@@ -95,41 +92,66 @@ class Policy(nn.Module):
 
 
 def log_prob(action_mean: Tensor, action: Tensor) -> Tensor:
-    """log pi(a|s) = -|pi(s) - a|^2 up to a constant (B.4): [..., action_dim] twice -> [...]."""
+    """log pi(a|s) = -|pi(s) - a|^2 (B.4): [..., action_dim] twice -> [...].
+
+    The Gaussian's constant is left out: it cancels in every log pi/pi_ref.
+    """
     return -(action_mean - action).square().sum(-1)  # B.4
 
 
-def segment_score(log_prob: Tensor, ref_log_prob: Tensor, gamma: float) -> Tensor:
+# ---------------------------------------------------------------------------------- the losses
+
+
+def segment_score(logp: Tensor, ref_logp: Tensor, gamma: float) -> Tensor:
     """Psi(sigma) = sum_t gamma^t log pi/pi_ref, eq. 7 without beta: [..., L] twice -> [...]."""
-    t = torch.arange(log_prob.shape[-1], dtype=log_prob.dtype, device=log_prob.device)
-    return (gamma**t * (log_prob - ref_log_prob)).sum(-1)  # eq. 7
+    t = torch.arange(logp.shape[-1], dtype=logp.dtype, device=logp.device)
+    return (gamma**t * (logp - ref_logp)).sum(-1)  # eq. 7
 
 
-def unified_direction(safe_label: Tensor, has_preference: Tensor) -> Tensor:
-    """+1: the first segment of a pair is preferred, -1: the second, 0: neither -> [...].
+def preference_loss(score: Tensor, has_preference: Tensor, alpha: float) -> Tensor:
+    """Contrastive preference loss, eq. 2-4, over the pairs that have a preference -> scalar.
 
-    safe_label is [..., 2] (+1, -1; 0: left out), of each pair the segment that did better first;
-    has_preference [...] is 0 where nobody said which did better.
+    score is [B, 2], of preferred and rejected; has_preference [B], 1 or 0.
     """
-    difference = (safe_label[..., 0] - safe_label[..., 1]) / 2  # +1, -1, or 0 where they are alike
-    return torch.where(difference == 0, has_preference, difference)
+    preferred, rejected = (alpha * score).unbind(1)  # eq. 3, summed over the segment
+    loss = F.softplus(rejected - preferred)  # eq. 2, 4: -log sigmoid(preferred - rejected)
+    return (has_preference * loss).sum() / has_preference.sum().clamp(min=1)
 
 
-def preference_loss(
-    score: Tensor, direction: Tensor, alpha: float
+def unified_preference(safe_label: Tensor, has_preference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Prefer safe to unsafe, whichever did better; of two that are alike, the better one.
+
+    safe_label [..., 2] is of each pair's segments, the better one first; has_preference [...] is 0
+    where nobody said which is. Returns the labels with the preferred one first, where it stood
+    (0 or 1) and where the other, [..., 2] both, and has_preference after merging.
+    """
+    safe_label, order = safe_label.sort(dim=-1, descending=True, stable=True)  # if alike, as is
+    differ = (safe_label[..., 0] != safe_label[..., 1]).float()
+    return safe_label, order, torch.maximum(has_preference, differ)
+
+
+def alignment_loss(
+    score: Tensor,
+    labels: tuple[Tensor, Tensor, Tensor],
+    alpha: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Contrastive preference loss, eq. 2-4, for one run: of a batch, and what to log, all scalars.
+    """Eq. 4 for one run: the loss of a batch, and what to log of it, all scalars.
 
-    score is [B, 2], of both segments; direction [B] is +1, -1, or 0 of a pair that is left out.
+    score is [B, 2], of both segments; labels are safe_label [B, 2], order [B, 2] and has_preference
+    [B] (0: the pair is left out), as of ``unified_preference``.
     """
-    first, second = (alpha * score).unbind(1)  # eq. 3, summed over the segment
-    margin = direction * (first - second)
-    known = direction.abs()
-    loss = -(known * log_sigmoid(margin)).sum() / known.sum().clamp(min=1)  # eq. 2, 4
+    safe_label, order, has_preference = labels
+    score = score.gather(1, order)  # the preferred one first
+    loss = preference_loss(score, has_preference, alpha)
+
+    safe, unsafe = (safe_label > 0).float(), (safe_label < 0).float()
+    right = (score[:, 0] > score[:, 1]).float()
     metrics = {
         "loss": loss,
-        "preference_accuracy": masked_mean((margin > 0).float(), known),
-        "margin": masked_mean(margin, known),
+        "safe_score": masked_mean(score, safe),
+        "unsafe_score": masked_mean(score, unsafe),
+        "preference_accuracy": masked_mean(right, has_preference),
+        "preference_accuracy_safe": masked_mean(right, safe.prod(1) * has_preference),
     }
     return loss, {name: x.detach() for name, x in metrics.items()}
 
@@ -141,99 +163,114 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def main() -> None:
     args = parse_args(Args)
-    check_args(args)
 
     # ---- setup: nothing is written before all input is checked
     task = get_task(args.task, args.env_id)
     device = get_device(args.device)
     dataset = load_dataset(task, args.data)
     feedback = get_feedback(dataset, task, args)
-    starts, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
-    limits, num_pairs, length = feedback.cost_limits, starts.shape[1], feedback.segment_length
-    direction = unified_direction(safe_label, has_preference)  # [S, K, P]
-    if not direction.any(-1).all():
-        raise UserError(f"--feedback {args.feedback}: at a limit no pair prefers either segment")
+    segments, safe_label, has_preference = feedback.tensors(device)  # of a pair the preferred first
+    safe_label, order, has_preference = unified_preference(safe_label, has_preference)
+    if not has_preference.any(1).all():
+        raise UserError("--feedback: at a limit no pair prefers either segment; label more pairs")
     observations = torch.from_numpy(dataset.observations).to(device)
     actions = torch.from_numpy(dataset.actions).to(device)
-    run = Run(args, __file__, task, dataset, limits, args.bc_steps + args.steps, feedback)
     policies, generators = [], []
     for seed in args.seeds:
         torch.manual_seed(seed)
-        sizes = (observations.shape[1], actions.shape[1], args.hidden_size)
+        sizes = (task.observation_dim, task.action_dim, args.hidden_size)
         policies.append(Policy(*sizes).to(device))
         generators.append(torch.Generator(device).manual_seed(seed))
-    policy, (parameters, _) = policies[0], stack_module_state(policies)  # each [S, ...]
+    policy = policies[0]
+    parameters, buffers = stack_module_state(policies)
+    reference = {**parameters, **buffers}  # [S, ...] each
+    last, limits = args.bc_steps + args.steps, feedback.cost_limits
+    shown = {
+        "loss": "-log probability of a preference, in training; 0.69 is a coin's",
+    }
+    run = Run(args, __file__, task, dataset, limits, last, feedback, shown=shown)
+    load_policy(run.config, {name: x[0] for name, x in reference.items()})  # as evaluation will
 
     def draw(high: int, size: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Random indices [S, size] and dropout masks [S, 2, rows, hidden_size]."""
+        """For each seed: random indices [S, size], dropout masks [S, 2, rows, hidden_size]."""
         index = [torch.randint(high, (size,), generator=g, device=device) for g in generators]
-        masks = dropout_masks((2, rows, args.hidden_size), args.dropout, generators)
-        return torch.stack(index), masks
+        shape = (2, rows, args.hidden_size)
+        uniform = torch.stack([torch.rand(shape, generator=g, device=device) for g in generators])
+        return torch.stack(index), uniform.ge_(args.dropout).div_(1 - args.dropout)
 
     # ---- stage one: the reference, behaviour cloning on the transitions of all segments
-    def bc_loss(parameters, starts, drawn, masks):
-        """E |pi(s) - a|^2 for one seed; ``drawn`` counts through all steps of all segments."""
-        steps = starts.flatten()[drawn // length] + drawn % length  # [B]
-        mean = functional_call(policy, parameters, (observations[steps], masks))
-        return -log_prob(mean, actions[steps]).mean()
+    transitions = segments.flatten(1)  # [S, P * 2 * L]
+
+    def bc_loss(parameters, transitions, index, masks):
+        """E |pi(s) - a|^2 of one seed, on a batch of its transitions."""
+        batch = transitions[index]  # [B]
+        mean = functional_call(policy, parameters, (observations[batch], masks))
+        return -log_prob(mean, actions[batch]).mean()
 
     optimizer = torch.optim.Adam(parameters.values(), lr=args.bc_lr, fused=True)
-    for step in run.steps("bc", 1, args.bc_steps, parameters, generators, optimizer=optimizer):
-        batch = draw(num_pairs * 2 * length, args.bc_batch_size, args.bc_batch_size)
-        loss = torch.vmap(bc_loss)(parameters, starts, *batch)  # [S]
+    training = {"policies": reference, "optimizer": optimizer, "generators": generators}
+    for step in range(run.restore("bc", training) + 1, args.bc_steps + 1):
+        index, masks = draw(transitions.shape[1], args.bc_batch_size, args.bc_batch_size)
+        loss = torch.vmap(bc_loss)(reference, transitions, index, masks)  # [S]
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
         run.log("bc", step, {"loss": loss.detach()})
-        run.evaluate("bc", step, {name: p[:, None] for name, p in parameters.items()})
+        if step % args.eval_every == 0 or step == args.bc_steps:
+            run.evaluate("bc", step, reference)
+        if step % args.checkpoint_every == 0 or step == args.bc_steps:
+            run.save("bc", step, training)
 
-    def reference_log_prob(parameters):
-        """log pi_ref(a|s) of all transitions, [N]: it never changes, so it is computed once."""
+    def reference_logp(parameters):
+        """log pi_ref(a|s) of all transitions, [N], dropout off: computed once, it never changes."""
         chunks = zip(observations.split(8192), actions.split(8192), strict=True)
         return torch.cat([log_prob(functional_call(policy, parameters, s), a) for s, a in chunks])
 
     with torch.no_grad():
-        ref_log_prob = torch.vmap(reference_log_prob)(parameters)  # [S, N]
+        ref_logp = torch.vmap(reference_logp)(reference)  # [S, N]
 
-    # ---- stage two: alignment, a policy for each seed and limit
-    def run_loss(parameters, direction, shared):
+    # ---- stage two: alignment; a policy for each of R = S x K runs
+    seed_of = torch.arange(len(args.seeds), device=device).repeat_interleave(len(limits))  # [R]
+    aligned = {
+        name: x.detach()[seed_of].requires_grad_(x.requires_grad) for name, x in reference.items()
+    }
+    rows = args.batch_size * segments[0, 0].numel()  # transitions in a batch
+
+    def run_loss(parameters, labels, seed, pairs, masks):
         """Eq. 4 of one run, on the batch of pairs drawn for its seed."""
-        starts, ref_log_prob, pairs, masks = shared
-        steps = starts[pairs][..., None] + torch.arange(length, device=device)  # [B, 2, L]
-        mean = functional_call(policy, parameters, (observations[steps].flatten(0, 2), masks))
-        logp = log_prob(mean, actions[steps].flatten(0, 2)).view(steps.shape)
-        score = segment_score(logp, ref_log_prob[steps], args.gamma)
-        return preference_loss(score, direction[pairs], args.alpha)
+        batch = segments[seed, pairs]  # [B, 2, L]
+        mean = functional_call(policy, parameters, (observations[batch].flatten(0, 2), masks))
+        logp = log_prob(mean, actions[batch].flatten(0, 2)).view(batch.shape)
+        score = segment_score(logp, ref_logp[seed, batch], args.gamma)
+        labels = tuple(x[pairs] for x in labels)
+        return alignment_loss(score, labels, args.alpha)
 
-    # The runs of one seed share all but parameters and preferences: the inner map's None.
-    all_runs = torch.vmap(torch.vmap(run_loss, in_dims=(0, 0, None)))
-    parameters = {
-        name: p.detach()[:, None].repeat_interleave(len(limits), 1).requires_grad_()
-        for name, p in parameters.items()
-    }  # [S, K, ...]
-    optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=True)
-
-    def align() -> dict[str, Tensor]:
-        """A step of alignment: the loss of every run, eq. 4, on pairs drawn for each seed."""
-        batch = draw(num_pairs, args.batch_size, args.batch_size * 2 * length)
-        loss, metrics = all_runs(parameters, direction, (starts, ref_log_prob, *batch))
+    optimizer = torch.optim.Adam(
+        [x for x in aligned.values() if x.requires_grad], lr=args.lr, fused=True
+    )
+    training = {"policies": aligned, "optimizer": optimizer, "generators": generators}
+    for step in range(run.restore("align", training, args.bc_steps) + 1, last + 1):
+        # 1. draw a batch of pairs for each seed; its runs share it
+        pairs, masks = (x[seed_of] for x in draw(segments.shape[1], args.batch_size, rows))
+        # 2. the loss of every run, eq. 4
+        labels = (safe_label, order, has_preference)
+        loss, metrics = torch.vmap(run_loss)(aligned, labels, seed_of, pairs, masks)  # [R] each
+        # 3. theta descends
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
-        return metrics
-
-    align = captured(align, optimizer, generators, args.cudagraphs)
-    first, last = args.bc_steps + 1, args.bc_steps + args.steps
-    for step in run.steps("align", first, last, parameters, generators, optimizer=optimizer):
-        run.log("align", step, align())
-        run.evaluate("align", step, parameters)
-    run.finish(parameters, final={}, stage_ends=args.bc_steps)
+        # 4. log, evaluate, save
+        run.log("align", step, metrics)
+        if step % args.eval_every == 0:
+            run.evaluate("align", step, aligned)
+        if step % args.checkpoint_every == 0:
+            run.save("align", step, training)
+    run.finish(aligned, {}, stage_ends=args.bc_steps)
 
 
 def load_policy(config: dict, parameters: dict[str, Tensor]) -> Callable[[np.ndarray], np.ndarray]:
     """Rebuild one policy for evaluation: observations [n, .] -> actions [n, .], dropout off."""
-    hidden, output = parameters["hidden1.weight"], parameters["output.weight"]
-    policy = Policy(hidden.shape[1], output.shape[0], hidden.shape[0])
+    policy = Policy(config["observation_dim"], config["action_dim"], config["hidden_size"])
     policy.load_state_dict(parameters)
     return lambda observations: policy(torch.from_numpy(observations)).detach().numpy()
 

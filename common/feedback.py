@@ -1,118 +1,114 @@
-"""Preferences and safety labels for pairs of segments: made from a dataset, saved and loaded.
-
-Make a feedback file, for example to have people label its segments:
-
-    python common/feedback.py --task BallRun --output feedback.npz
+"""Preferences and safety labels for pairs of segments: made from a dataset, or people's own.
 
 A segment is L consecutive steps of one episode, held as the index of its first transition; the
-transitions stay in the dataset. With S seeds, K cost limits and P pairs, a file holds
+transitions stay in the dataset. A file with the labels of P pairs (an .npz) holds
 
-    segment_starts   [S, P, 2] int64   first transition of both segments of a pair
-    preference       [S, P]    int8    which of the two is preferred, 0 or 1; -1: no preference
-    safe_label       [S, K, P, 2] int8 +1 safe, -1 unsafe
-    segment_length, seeds [S], cost_limits [K], dataset_sha256
+    segment_starts   [P, 2] whole numbers   first transition of both segments of a pair
+    preference       [P]                    which did better, 0 or 1; -1: no preference
+    safe_label       [P, 2]                 +1 safe, -1 unsafe
+    segment_length   L, steps
+    dataset_sha256   of the HDF5 file that the segments are cut from
 
-    cost_preference  [S, P]    int8    which of the two costs more, 0 or 1; -1: neither
-    preference_noise, label_noise      the shares that were flipped, for the record
-
-A file from people has one set of labels, so no seeds and no cost limits: segment_starts [P, 2],
-preference [P], safe_label [P, 2], segment_length, dataset_sha256, and if they were asked
-cost_preference [P]. A pair without a preference still has its labels. The README shows how to make
-one.
+and, where people were asked, cost_preference [P]: which costs more, 0 or 1; -1: neither.
+``common/tools/pairs.py`` writes such a file.
 """
 
-import sys
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from common.args import UserError
+from common.dataset import Dataset, file_sha256, get_cost_limits
+from common.tasks import Task, segment_length
+
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common.args import TaskArgs
-from common.cli import (
-    UserError,
-    check_numbers,
-    check_output,
-    parse_args,
-    run_main,
-    whole_file,
-)
-from common.dataset import Dataset, file_sha256, get_cost_limits, load_dataset
-from common.tasks import Task, get_task, segment_length
 
 
 @dataclass(frozen=True)
 class Feedback:
     """Labelled pairs for S seeds x K cost limits; P pairs of segments of L steps each."""
 
-    segment_starts: np.ndarray  # [S, P, 2] int64
-    preference: np.ndarray  # [S, P] int8: 0, 1, or -1 for none
-    safe_label: np.ndarray  # [S, K, P, 2] int8: +1 or -1; 0 where the pair is left out
     segment_length: int  # L, steps
     seeds: tuple[int, ...]
     cost_limits: tuple[float, ...]
-    dataset_sha256: str
     provenance: dict[str, Any]  # how it was made, or the file it was loaded from
-    cost_preference: np.ndarray | None = None  # [S, P] int8: which costs more, -1 neither
+    segment_starts: np.ndarray  # [S, P, 2]
+    preference: np.ndarray  # [S, P]: 0, 1, or -1 for none
+    safe_label: np.ndarray  # [S, K, P, 2]: +1 or -1; 0 where the pair is left out
+    cost_preference: np.ndarray | None = None  # [S, P]: which costs more, -1 neither; or not asked
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The feedback as training wants it, of each pair the preferred segment first.
 
         Returns:
-            segment starts [S, P, 2] int64, safe labels [S, K, P, 2] float +1 or -1 (0 where the
-            pair is left out), and where there is a preference to learn [S, K, P] float 1 or 0.
+            segments [S, P, 2, L] int64, the transitions of each; and of the R = S x K runs, seed by
+            seed: safe labels [R, P, 2] float, +1 or -1 (0 where the pair is left out), and where
+            there is a preference to learn [R, P] float, 1 or 0.
         """
         order = np.stack((self.preference == 1, self.preference != 1), -1).astype(np.int64)
         starts = np.take_along_axis(self.segment_starts, order, -1)
+        segments = starts[..., None] + np.arange(self.segment_length)
         labels = np.take_along_axis(self.safe_label, order[:, None], -1)
         has_preference = (self.preference >= 0)[:, None] & (labels[..., 0] != 0)
-        arrays = (starts, labels.astype(np.float32), has_preference.astype(np.float32))
-        return tuple(torch.from_numpy(array).to(device) for array in arrays)
+        per_run = (x.reshape(-1, *x.shape[2:]).astype(np.float32) for x in (labels, has_preference))
+        return tuple(torch.from_numpy(array).to(device) for array in (segments, *per_run))
 
-    def cost_direction(self, device: torch.device) -> torch.Tensor:
-        """+1 where the preferred segment of a pair costs more, -1 where less, else 0: [S, P].
 
-        Raises:
-            UserError: nobody was asked.
-        """
-        if self.cost_preference is None:
+def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
+    """The feedback a run asks for: made from the dataset, or loaded where a file is given.
+
+    ``args`` are a script's, with the flags of ``LabelArgs`` or ``FeedbackArgs``.
+
+    Raises:
+        UserError: the file and the flags disagree, or no segment is safe.
+    """
+    limits, length = get_cost_limits(task, dataset, args.cost_limits), args.segment_length
+    # A method that sees no preferences has no flag for their noise.
+    noise = (getattr(args, "preference_noise", 0.0), args.label_noise)
+    if args.feedback is None:
+        length = length or segment_length(task, limits)
+        shape, provenance = (length, args.num_pairs), {"source": "synthetic"}
+        pairs = [label_pairs(dataset, task, seed, limits, *shape, *noise) for seed in args.seeds]
+    else:
+        if any(noise) or length or len(limits) != 1:
             raise UserError(
-                f"--feedback {self.provenance['path']}: the key cost_preference is missing, which "
-                "says which of two segments costs more"
+                "--feedback: its labels are for one limit, as in --cost-limits 20; leave out "
+                "--segment-length, --label-noise and --preference-noise, which are not for a file"
             )
-        first = np.where(self.preference == 1, 1, 0)  # as in tensors(): where the first one stood
-        direction = np.where(self.cost_preference == first, 1, -1)
-        direction = np.where(self.cost_preference < 0, 0, direction).astype(np.float32)
-        return torch.from_numpy(direction).to(device)
+        held, length = load_pairs(args.feedback, dataset, args.num_pairs)
+        sha256 = file_sha256(args.feedback)
+        provenance = {"source": "file", "path": str(args.feedback), "sha256": sha256}
+        pairs = [held] * len(args.seeds)
+    stacked = {key: np.stack([x[key] for x in pairs]) for key in pairs[0]}
+    feedback = Feedback(length, args.seeds, limits, provenance, **stacked)
+    if getattr(args, "filter_preferences", False):
+        feedback = filter_preferences(feedback)
+    check_labels(feedback)
+    return feedback
 
 
-NOISE = ("preference_noise", "label_noise")
-
-
-def make_feedback(
+def label_pairs(
     dataset: Dataset,
     task: Task,
-    seeds: tuple[int, ...],
+    seed: int,
     cost_limits: tuple[float, ...],
     segment_length: int,
     num_pairs: int,
     preference_noise: float = 0.0,
     label_noise: float = 0.0,
-) -> Feedback:
+) -> dict[str, np.ndarray]:
     """Label random pairs of segments by the dataset's rewards and costs (paper, section 6.1, B.2).
 
     Both segments of a pair are drawn independently and uniformly over all valid starts. The
     preferred one has the larger summed reward, ties are broken at random; a segment is safe iff
-    its summed cost is at most kappa * L / T_max. A seed fixes everything drawn, and the first n
-    pairs are the same for every ``num_pairs`` >= n (before any are flipped).
+    its summed cost is at most kappa * L / T_max. Exactly the shares ``preference_noise`` and
+    ``label_noise`` (of the same segments at every limit) are flipped afterwards. The seed fixes
+    everything drawn, and the first n pairs are the same for every ``num_pairs`` >= n.
 
-    Args:
-        preference_noise: share of the preferences that are flipped, exactly, after labelling.
-        label_noise: share of the safety labels that are flipped, exactly; the same segments at
-            every limit.
+    Returns:
+        a seed's fields of ``Feedback``, by name.
 
     Raises:
         UserError: every episode is shorter than a segment.
@@ -126,46 +122,30 @@ def make_feedback(
     # A start is valid where its episode goes on for at least L steps.
     steps_left = np.repeat(dataset.episode_ends, lengths) - np.arange(len(dataset.rewards))
     valid_starts = np.flatnonzero(steps_left >= segment_length)
+    # One stream for each purpose: none shifts when another is drawn longer.
+    streams = np.random.SeedSequence(seed).spawn(4)
+    draw, coin, noise, wrong = (np.random.default_rng(stream) for stream in streams)
+    starts = valid_starts[draw.integers(len(valid_starts), size=(num_pairs, 2))]
+    steps = starts[..., None] + np.arange(segment_length)  # [P, 2, L]
+    returns, costs = dataset.rewards[steps].sum(-1), dataset.costs[steps].sum(-1)  # [P, 2]
 
-    starts = np.empty((len(seeds), num_pairs, 2), np.int64)
-    preference = np.empty((len(seeds), num_pairs), np.int8)
-    cost_preference = np.empty((len(seeds), num_pairs), np.int8)
-    safe_label = np.empty((len(seeds), len(cost_limits), num_pairs, 2), np.int8)
-    for s, seed in enumerate(seeds):
-        # One stream for each purpose: none shifts when another is drawn longer.
-        draw, coin, noise, wrong = (
-            np.random.default_rng(x) for x in np.random.SeedSequence(seed).spawn(4)
-        )
-        starts[s] = valid_starts[draw.integers(len(valid_starts), size=(num_pairs, 2))]
-        steps = starts[s][..., None] + np.arange(segment_length)  # [P, 2, L]
-        returns = dataset.rewards[steps].sum(-1)
-        costs = dataset.costs[steps].sum(-1)
+    tie_break = coin.integers(2, size=num_pairs)
+    second_better = np.sign(returns[:, 1] - returns[:, 0])
+    preference = np.where(second_better == 0, tie_break, second_better > 0)
+    flipped = noise.permutation(num_pairs)[: round(preference_noise * num_pairs)]
+    preference[flipped] = 1 - preference[flipped]
 
-        tie_break = coin.integers(2, size=num_pairs)
-        second_better = np.sign(returns[:, 1] - returns[:, 0])
-        preference[s] = np.where(second_better == 0, tie_break, second_better > 0)
-        flipped = noise.permutation(num_pairs)[: round(preference_noise * num_pairs)]
-        preference[s, flipped] = 1 - preference[s, flipped]
-        cost_preference[s] = np.where(costs[:, 0] == costs[:, 1], -1, costs[:, 1] > costs[:, 0])
-
-        for k, limit in enumerate(cost_limits):
-            safe = costs * task.horizon <= limit * segment_length  # no rounding: costs are whole
-            safe_label[s, k] = np.where(safe, 1, -1)
-        flipped = wrong.permutation(2 * num_pairs)[: round(label_noise * 2 * num_pairs)]
-        safe_label[s].reshape(len(cost_limits), -1)[:, flipped] *= -1
-    noise = {"preference_noise": preference_noise, "label_noise": label_noise}
-    provenance = {"source": "synthetic", **noise}
-    return Feedback(
-        starts,
-        preference,
-        safe_label,
-        segment_length,
-        seeds,
-        cost_limits,
-        dataset.sha256,
-        provenance,
-        cost_preference,
-    )
+    thresholds = np.array(cost_limits)[:, None, None] * segment_length
+    safe_label = np.where(costs * task.horizon <= thresholds, 1, -1)  # no rounding: costs are whole
+    flipped = wrong.permutation(2 * num_pairs)[: round(label_noise * 2 * num_pairs)]
+    safe_label.reshape(len(cost_limits), -1)[:, flipped] *= -1
+    costlier = np.where(costs[:, 0] == costs[:, 1], -1, costs[:, 1] > costs[:, 0])
+    return {
+        "segment_starts": starts,
+        "preference": preference,
+        "safe_label": safe_label,
+        "cost_preference": costlier,
+    }
 
 
 def filter_preferences(feedback: Feedback) -> Feedback:
@@ -182,251 +162,82 @@ def filter_preferences(feedback: Feedback) -> Feedback:
     return replace(feedback, safe_label=label, provenance=provenance)
 
 
-def indistinct_limits(feedback: Feedback) -> list[tuple[float, float]]:
-    """Pairs of cost limits that give the very same safety labels."""
-    limits = feedback.cost_limits
-    return [
-        (limits[i], limits[j])
-        for i in range(len(limits))
-        for j in range(i + 1, len(limits))
-        if np.array_equal(feedback.safe_label[:, i], feedback.safe_label[:, j])
-    ]
-
-
-def save_feedback(feedback: Feedback, path: Path) -> None:
-    """Write a feedback file; it appears under its name only when whole."""
-    with whole_file(path) as part, open(part, "wb") as file:
-        np.savez_compressed(
-            file,
-            segment_starts=feedback.segment_starts,
-            preference=feedback.preference,
-            safe_label=feedback.safe_label,
-            cost_preference=feedback.cost_preference,
-            segment_length=feedback.segment_length,
-            seeds=np.array(feedback.seeds),
-            cost_limits=np.array(feedback.cost_limits),
-            dataset_sha256=feedback.dataset_sha256,
-            preference_noise=feedback.provenance["preference_noise"],
-            label_noise=feedback.provenance["label_noise"],
-        )
-
-
-def load_feedback(
-    path: Path, dataset: Dataset, seeds: tuple[int, ...], cost_limits: tuple[float, ...]
-) -> Feedback:
-    """Read a feedback file, the program's or people's (see the top of this file).
-
-    Of the program's files, the asked-for seeds and limits are taken. People's labels serve every
-    seed, and mean the one cost limit given.
+def check_labels(feedback: Feedback) -> None:
+    """Warn of labels that say too little.
 
     Raises:
-        UserError: unreadable, of another dataset, without what was asked for, or inconsistent.
+        UserError: nothing is called safe.
     """
-    where = f"--feedback {path}"
+    label, limits = feedback.safe_label, feedback.cost_limits
+    for s, k in np.argwhere(~(label == 1).any((2, 3))):
+        left = "" if (label[s, k] != 0).all() else "that --filter-preferences leaves "
+        raise UserError(
+            f"--cost-limits {limits[k]:g}: no segment of seed {feedback.seeds[s]} {left}is "
+            "labelled safe, so no policy can be called safe; give a larger limit or other data"
+        )
+    for s, k in np.argwhere((label != -1).all((2, 3))):
+        print(
+            f"note: every segment of seed {feedback.seeds[s]} is safe at the limit "
+            f"{limits[k]:g}: the safety labels have nothing to say there"
+        )
+    for i, j in combinations(range(len(limits)), 2):
+        if np.array_equal(label[:, i], label[:, j]):
+            print(
+                f"warning: the limits {limits[i]:g} and {limits[j]:g} give the same safety labels; "
+                "longer segments, or more pairs, may tell them apart"
+            )
+
+
+def load_pairs(path: Path, dataset: Dataset, num_pairs: int) -> tuple[dict[str, np.ndarray], int]:
+    """The first ``num_pairs`` pairs of a file: a seed's fields of ``Feedback``, and L.
+
+    Raises:
+        UserError: unreadable, of another dataset, or inconsistent.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except Exception as error:  # a damaged archive can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where}: not a readable .npz file ({reason})") from None
-    from_people = "seeds" not in arrays
-    shapes = {"segment_starts": 2, "preference": 1, "safe_label": 2, "segment_length": 0}
-    if not from_people:
-        shapes = {"segment_starts": 3, "preference": 2, "safe_label": 4, "segment_length": 0}
-        shapes |= {"seeds": 1, "cost_limits": 1, **dict.fromkeys(NOISE, 0)}
-    for key in (*shapes, "dataset_sha256"):
+        raise UserError(f"--feedback {path}: not a readable .npz file ({reason})") from None
+    if problem := _problem(arrays, dataset):
+        raise UserError(f"--feedback {path}: {problem}")
+    held = len(arrays["preference"])
+    if num_pairs < held:
+        print(f"note: the first {num_pairs} of the {held} pairs in {path} are used")
+    names = ("segment_starts", "preference", "safe_label", "cost_preference")
+    pairs = {key: arrays[key][:num_pairs].astype(np.int64) for key in names if key in arrays}
+    pairs["safe_label"] = pairs["safe_label"][None]  # of the one limit
+    return pairs, int(arrays["segment_length"])
+
+
+def _problem(arrays: dict[str, np.ndarray], dataset: Dataset) -> str:
+    """What is wrong with a file's arrays, held against their form, each other and the dataset."""
+    pairs = arrays["preference"].shape if "preference" in arrays else (1,)
+    forms = {"preference": pairs, "segment_starts": (*pairs, 2), "safe_label": (*pairs, 2)}
+    forms |= {"segment_length": ()} | {key: pairs for key in arrays if key == "cost_preference"}
+    allowed = {"preference": (-1, 0, 1), "cost_preference": (-1, 0, 1), "safe_label": (-1, 1)}
+    for key in (*forms, "dataset_sha256"):
         if key not in arrays:
-            raise UserError(f"{where}: the key {key} is missing; common/feedback.py lists them")
-    for key, ndim in shapes.items():
+            return f"the key {key} is missing; common/feedback.py lists them"
+    for key, form in forms.items():
         array = arrays[key]
-        if array.ndim != ndim or array.dtype.kind not in "iuf":
-            raise UserError(f"{where}: {key} must be an array of {ndim} axes of numbers")
-        if key not in ("cost_limits", *NOISE) and not (array == array // 1).all():
-            raise UserError(f"{where}: {key} must hold whole numbers")
-    if str(arrays["dataset_sha256"]) != dataset.sha256:
-        raise UserError(
-            f"{where}: made for the dataset with SHA-256 {str(arrays['dataset_sha256'])[:12]}..., "
-            f"not for {dataset.path} ({dataset.sha256[:12]}...); give the right one with --data"
+        if array.shape != form or len(pairs) != 1 or pairs == (0,):
+            return f"{key} has shape {list(array.shape)}, unlike the form in common/feedback.py"
+        if array.dtype.kind not in "iuf" or (array % 1 != 0).any():
+            return f"{key} must hold whole numbers"
+        if key in allowed and not np.isin(array, allowed[key]).all():
+            return f"{key} must be one of {allowed[key]}"
+    sha256, length = str(arrays["dataset_sha256"]), int(arrays["segment_length"])
+    if sha256 != dataset.sha256:
+        return (
+            f"made for the dataset with SHA-256 {sha256[:12]}..., not for {dataset.path} "
+            f"({dataset.sha256[:12]}...); give the right one with --data"
         )
-    starts, preference, safe_label = (
-        arrays[key] for key in ("segment_starts", "preference", "safe_label")
-    )
-    costlier = arrays.get("cost_preference")
-    if costlier is not None and costlier.shape != preference.shape:
-        raise UserError(f"{where}: cost_preference must have a number for each preference")
-    if costlier is not None and not np.isin(costlier, (-1, 0, 1)).all():
-        raise UserError(f"{where}: cost_preference must be 0, 1, or -1 for neither")
-    if from_people:
-        if len(cost_limits) != 1:
-            raise UserError(f"{where}: one set of labels; give its one limit with --cost-limits")
-        copies = len(seeds)
-        starts, preference = starts[None].repeat(copies, 0), preference[None].repeat(copies, 0)
-        safe_label = safe_label[None, None].repeat(copies, 0)
-        costlier = None if costlier is None else costlier[None].repeat(copies, 0)
-    else:
-        s, k = len(arrays["seeds"]), len(arrays["cost_limits"])
-        if (len(starts), len(preference), *safe_label.shape[:2]) != (s, s, s, k):
-            raise UserError(f"{where}: every array must have {s} seeds and {k} cost limits")
-        take_seeds = _positions(where, "--seeds", seeds, arrays["seeds"].tolist())
-        limits = arrays["cost_limits"].tolist()
-        take_limits = _positions(where, "--cost-limits", cost_limits, limits)
-        starts, preference = starts[take_seeds], preference[take_seeds]
-        safe_label = safe_label[take_seeds][:, take_limits]
-        costlier = None if costlier is None else costlier[take_seeds]
-    _check(where, starts, preference, safe_label, int(arrays["segment_length"]), dataset)
-    noise = {} if from_people else {key: float(arrays[key]) for key in NOISE}
-    return Feedback(
-        np.ascontiguousarray(starts, np.int64),
-        np.ascontiguousarray(preference, np.int8),
-        np.ascontiguousarray(safe_label, np.int8),
-        int(arrays["segment_length"]),
-        seeds,
-        cost_limits,
-        dataset.sha256,
-        {"source": "file", **noise, "path": str(path), "sha256": file_sha256(path)},
-        None if costlier is None else np.ascontiguousarray(costlier, np.int8),
-    )
-
-
-def _positions(where: str, flag: str, asked: tuple, held: list) -> list[int]:
-    missing = [x for x in asked if x not in held]
-    if missing:
-        raise UserError(f"{where}: {flag} {missing[0]} is not in it; it holds {held}")
-    return [held.index(x) for x in asked]
-
-
-def _check(
-    where: str,
-    starts: np.ndarray,  # [S, P, 2]
-    preference: np.ndarray,  # [S, P]
-    safe_label: np.ndarray,  # [S, K, P, 2]
-    length: int,
-    dataset: Dataset,
-) -> None:
-    p = preference.shape[1]
-    if starts.shape[1:] != (p, 2) or p == 0:
-        raise UserError(f"{where}: segment_starts must be [pairs, 2] with at least one pair")
-    if safe_label.shape[2:] != (p, 2):
-        raise UserError(f"{where}: safe_label must be [pairs, 2], one label a segment")
-    if not np.isin(preference, (-1, 0, 1)).all():
-        raise UserError(f"{where}: preference must be 0, 1, or -1 for none")
-    if not np.isin(safe_label, (-1, 1)).all():
-        raise UserError(f"{where}: safe_label must be +1 (safe) or -1 (unsafe)")
+    starts = arrays["segment_starts"].astype(np.int64)
     if length < 1 or starts.min() < 0 or starts.max() >= len(dataset.rewards):
-        raise UserError(f"{where}: a segment lies outside the dataset {dataset.path}")
+        return f"a segment lies outside the dataset {dataset.path}"
     episode = np.searchsorted(dataset.episode_ends, starts, side="right")
     if (starts + length > dataset.episode_ends[episode]).any():
-        raise UserError(f"{where}: a segment crosses the end of its episode")
-
-
-def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
-    """The feedback a run asks for: loaded where a file is given, else made from the dataset.
-
-    Args:
-        dataset: what the segments are cut from.
-        task: its task.
-        args: of a script, with the flags of ``LabelArgs`` or ``FeedbackArgs``.
-
-    Raises:
-        UserError: a flag is out of range, the file and the flags disagree, or no segment is safe.
-    """
-    cost_limits = get_cost_limits(task, dataset, args.cost_limits)
-    if args.feedback is None:
-        feedback = _make(dataset, task, args, cost_limits)
-    else:
-        for name in NOISE:
-            if getattr(args, name, 0.0):
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag}: only for feedback made here; drop --feedback")
-        whole = load_feedback(args.feedback, dataset, args.seeds, cost_limits)
-        feedback = replace(
-            whole,
-            segment_starts=whole.segment_starts[:, : args.num_pairs],
-            preference=whole.preference[:, : args.num_pairs],
-            safe_label=whole.safe_label[:, :, : args.num_pairs],
-            cost_preference=None
-            if whole.cost_preference is None
-            else whole.cost_preference[:, : args.num_pairs],
-        )
-        held = whole.preference.shape[1]
-        if args.num_pairs < held:
-            print(
-                f"note: the first {args.num_pairs} of the {held} pairs in {args.feedback} are used"
-            )
-        if args.segment_length not in (None, feedback.segment_length):
-            raise UserError(
-                f"--segment-length {args.segment_length}: the segments of {args.feedback} have "
-                f"{feedback.segment_length} steps; leave the flag out"
-            )
-    if getattr(args, "filter_preferences", False):
-        feedback = filter_preferences(feedback)
-    _say_what_labels_tell(feedback)
-    return feedback
-
-
-def _make(dataset: Dataset, task: Task, args: Any, cost_limits: tuple[float, ...]) -> Feedback:
-    length = args.segment_length or segment_length(task.horizon, task.cost_limits or cost_limits)
-    # A method that sees no preferences has no flag for their noise.
-    noise = [getattr(args, name, 0.0) for name in NOISE]
-    return make_feedback(dataset, task, args.seeds, cost_limits, length, args.num_pairs, *noise)
-
-
-def _say_what_labels_tell(feedback: Feedback) -> None:
-    """Warn of labels that say too little; refuse those that call nothing safe."""
-    for s, seed in enumerate(feedback.seeds):
-        for k, limit in enumerate(feedback.cost_limits):
-            label = feedback.safe_label[s, k]
-            if not (label == 1).any():
-                left = "" if (label != 0).all() else "that --filter-preferences leaves "
-                raise UserError(
-                    f"--cost-limits {limit:g}: no segment of seed {seed} {left}is labelled safe, "
-                    "so no policy can be called safe; give a larger limit or other data"
-                )
-            if (label != -1).all():
-                print(
-                    f"note: every segment of seed {seed} is safe at the limit {limit:g}: the "
-                    "safety labels have nothing to say there"
-                )
-    for low, high in indistinct_limits(feedback):
-        print(
-            f"warning: the limits {low:g} and {high:g} give the same safety labels; longer "
-            "segments, or more pairs, may tell them apart"
-        )
-
-
-@dataclass
-class Args(TaskArgs):
-    """Make a feedback file from a dataset's rewards and costs; a set of pairs for each seed."""
-
-    output: Path = Path("feedback.npz")
-    """the file to write"""
-    segment_length: int | None = None
-    """L, steps; default: the task's"""
-    num_pairs: int = 10_000
-    """pairs of segments a seed (paper, section 6.1)"""
-    preference_noise: float = 0.0
-    """share of the preferences that are flipped"""
-    label_noise: float = 0.0
-    """share of the safety labels that are flipped"""
-
-
-def main() -> None:
-    args = parse_args(Args)
-    task = get_task(args.task, args.env_id)
-    check_numbers(args, shares=NOISE)
-    check_output(args.output)
-    dataset = load_dataset(task, args.data)
-    limits = get_cost_limits(task, dataset, args.cost_limits)
-    feedback = _make(dataset, task, args, limits)
-    _say_what_labels_tell(feedback)
-    try:
-        save_feedback(feedback, args.output)
-    except OSError as error:
-        raise UserError(f"--output {args.output}: cannot be written ({error.strerror})") from None
-    safe = ", ".join(f"{x:.0%}" for x in (feedback.safe_label == 1).mean((0, 2, 3)))
-    limits = ", ".join(f"{x:g}" for x in feedback.cost_limits)
-    print(f"{args.output}: {args.num_pairs} pairs a seed; safe at the limits {limits}: {safe}")
-
-
-if __name__ == "__main__":
-    run_main(main)
+        return "a segment crosses the end of its episode"
+    return ""

@@ -1,48 +1,37 @@
-"""What a run leaves behind: configuration, metrics, scores, the policy and a picture."""
+"""What a run leaves behind: configuration, metrics, checkpoints, scores, policy and picture."""
 
-import contextlib
 import csv
-import dataclasses
 import json
 import math
-import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from datetime import datetime
+from importlib.metadata import distributions
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from common.args import TrainingError, UserError, get_device, progress_bar, whole_file
+from common.dataset import Dataset, reward_range
+from common.evaluation import Evaluator, score_runs
+from common.feedback import Feedback
+from common.tasks import Task
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.cli import (
-    TrainingError,
-    UserError,
-    cpu_cores,
-    get_device,
-    load_checkpoint,
-    progress_bar,
-    whole_file,
-)
-from common.dataset import Dataset, reward_range
-from common.evaluation import ROOT, Evaluator, Playing, Scores, mean_scores, summary
-from common.feedback import Feedback
-from common.tasks import Task
-
 VERSIONED = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "pybullet")
+BAR = "{desc}  {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} steps, {remaining} left"
+KEPT = ("step", "stage", "rows", "pending", "means", "scores", "curve")  # by a checkpoint
 
 
 class Run:
-    """The folder of one run of a script: S seeds x K cost limits, trained together.
+    """The folder of one run of a script: R = S seeds x K cost limits, seed by seed.
 
     ``metrics.csv`` grows while the run goes on; every other file appears when whole. A stage that
-    trains one policy per seed, for all limits, logs metrics [S] and shows parameters [S, 1, ...].
-
-    Where training leaves cores idle, it goes on while an evaluation is played. What is logged
-    meanwhile waits for it, so that the file is the same as if training had waited.
+    trains one policy a seed, for all limits, has metrics [S] and parameters [S, ...] in place of
+    [R] and [R, ...].
     """
 
     def __init__(
@@ -54,371 +43,221 @@ class Run:
         cost_limits: tuple[float, ...],
         total_steps: int,
         feedback: Feedback | None = None,
-        targets: list[tuple[float, float]] | None = None,
+        shown: dict[str, str] | None = None,
     ):
         """Make the folder and start the evaluation's workers.
 
-        Args:
-            args: the script's dataclass of arguments, with seeds (S of them), output_dir, track,
-                eval_episodes, eval_every and log_every.
-            script: path of the algorithm's file.
-            task: what is trained on.
-            dataset: and its data.
-            cost_limits: K of them, that the policies are held to.
-            total_steps: gradient steps of all stages.
-            feedback: what it is told; None where it learns from the trajectories themselves.
-            targets: return and cost that the policy is told to reach under each limit, if it is.
+        ``script`` is the algorithm's file, ``total_steps`` are those of all stages, and ``shown``
+        are metrics to show beside reward and cost, each with its meaning.
 
         Raises:
-            UserError: the folder cannot be made, or a simulator is missing.
+            UserError: the folder cannot be made, nothing to resume, or no simulator.
         """
-        self.args, self.task, self.dataset, self.targets = args, task, dataset, targets
-        self.seeds, self.cost_limits = args.seeds, cost_limits
-        self.total_steps = total_steps
-        self.script = str(Path(script).resolve().relative_to(ROOT))
-        self.algorithm = Path(script).stem
-        self.started = time.time()
-        self.config = {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in dataclasses.asdict(args).items()
-        } | {
+        self.args, self.shown = args, shown or {}
+        self.runs = [{"cost_limit": k, "seed": s} for s in args.seeds for k in cost_limits]
+        self.algorithm, self.started = Path(script).stem, time.time()
+        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        self.config = flags | {
             # what the flags came to
             "seeds": list(args.seeds),
             "cost_limits": list(cost_limits),
             "device": str(get_device(args.device)),
+            "observation_dim": task.observation_dim,
+            "action_dim": task.action_dim,
         }
         if feedback is not None:
-            self.config |= {
-                "segment_length": feedback.segment_length,
-                "num_pairs": feedback.preference.shape[1],
-                "feedback": feedback.provenance,
-            }
+            self.config["segment_length"] = feedback.segment_length
+            self.config["num_pairs"] = feedback.preference.shape[1]
+            self.config["feedback"] = feedback.provenance
+        self.about = {"algorithm": self.algorithm, "task": task.name, "data": dataset.provenance}
+        self.about |= {"seeds": list(args.seeds), "cost_limits": list(cost_limits)}
         scored = args.eval_episodes or task.suite == "own"  # else the returns are looked up later
         self.reward_range = reward_range(task, dataset) if scored else None
         self.evaluator = None
         if args.eval_episodes:
-            policies = len(args.seeds) * len(cost_limits)
-            self.evaluator = Evaluator(
-                task, self.script, args.eval_episodes, policies, self.reward_range
-            )
-        self.argv = sys.argv[1:]
-        self.checkpoint: dict[str, Any] | None = None  # of the run that is resumed
+            self.evaluator = Evaluator(task, self.algorithm, args.eval_episodes, len(self.runs))
+        self.tracker = _start_wandb(self) if args.track else None
         if args.resume is None:
             self.folder = _make_folder(args.output_dir / self.algorithm / task.name)
+            about = {"flags": sys.argv[1:], **self.config, **self.about}
+            write_json(self.folder / "config.json", about)
         else:
-            self.folder, self.checkpoint = args.resume, load_checkpoint(args.resume)
-            self._check_it_is_the_same()
-        self.tracker = _start_wandb(self) if args.track else None
-        if self.checkpoint is None:
-            write_json(
-                self.folder / "config.json",
-                {"algorithm": self.algorithm, "data": dataset.provenance, **self.config},
-            )
-        self.done: dict[str, dict[str, Tensor]] = {}  # the parameters that finished stages left
+            self.folder = args.resume
+            _check_it_is_the_same(self.folder, self.about)
+        self.step, self.stage = 0, ""  # logged last
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
-        self.published = 0  # how many of them are there
         self.columns: list[str] = []
-        idle = torch.get_num_threads() < cpu_cores()
-        self.overlaps = self.config["device"] != "cpu" or idle
-        self.playing: tuple[Playing, str, int, int] | None = None  # stage, step, place in the rows
-        self.curve: list[tuple[int, np.ndarray, np.ndarray]] = []  # step, reward, cost [S, K]
-        self.pending: list[dict[str, Tensor]] = []
-        self.pending_stage = ""
-        self.last: dict[str, np.ndarray] = {}  # the means written last, [S, K] or [S] each
-        self.shown: dict[str, str] = {}
-        self.scores: Scores | None = None
-        self.bar = progress_bar(total=total_steps, unit="step", leave=False)
-        if self.checkpoint is not None:
-            held = self.checkpoint
-            self.argv, self.done, self.rows = held["argv"], held["done"], held["rows"]
-            self.curve = [(step, *(x.numpy() for x in scores)) for step, *scores in held["curve"]]
-            self.last = {name: x.numpy() for name, x in held["last"].items()}
-            self.started -= held["seconds"]
-            self._write_all()  # without what was logged after the checkpoint
-            self.bar.update(held["step"])
+        self.pending: list[dict[str, Tensor]] = []  # metrics whose means are not due yet
+        self.means: list[dict[str, float]] = []  # the metrics' means written last, R dicts
+        self.scores: list[dict[str, Any]] = []  # of the policies played last, R dicts
+        self.curve: dict[str, list] = {"step": [], "normalized_reward": [], "normalized_cost": []}
+        self.said: dict[str, str] = {}  # by the progress bar
+        self.bar = progress_bar(total=total_steps, leave=False, bar_format=BAR)
+        signal.signal(signal.SIGINT, self._interrupted)
 
-    def _check_it_is_the_same(self) -> None:
-        """Whether what is resumed is of this script and this data."""
-        held, where = self.checkpoint, f"--resume {self.folder}"
-        if held["script"] != self.script:
-            raise UserError(f"{where}: is a run of {held['script']}, not of {self.script}")
-        if held["dataset_sha256"] != self.dataset.sha256:
-            raise UserError(f"{where}: its data {self.dataset.path} is no longer the file it was")
-
-    def steps(
-        self,
-        stage: str,
-        first: int,
-        last: int,
-        parameters: dict[str, Tensor],
-        generators: list[torch.Generator],
-        **others: Any,
-    ) -> Iterator[int]:
-        """The steps of a stage, ``first`` to ``last``; a resumed run yields those that are left.
-
-        Between two steps a checkpoint is written where one is due. On a CPU a run that was cut off
-        and resumed ends as one left alone, to the last bit.
-
-        Args:
-            stage: name of the stage.
-            first: its first step, counted from the start of the run.
-            last: its last one.
-            parameters: changed in place, by the steps and when they are restored.
-            generators: all that the steps draw from.
-            others: what else changes from step to step: tensors, changed in place, or whatever has
-                a ``state_dict``.
-        """
-        held = self.checkpoint
-        if held is not None and stage in held["done"]:  # a later stage was under way
-            with torch.no_grad():
-                for name, p in parameters.items():
-                    p.copy_(held["done"][stage][name])
-            return
-        if held is not None and held["stage"] == stage:
-            with torch.no_grad():
-                for name, p in parameters.items():
-                    p.copy_(held["parameters"][name])
-                for name, x in others.items():
-                    if isinstance(x, Tensor):
-                        x.copy_(held["others"][name])
-                    else:
-                        x.load_state_dict(held["others"][name])
-            for generator, state in zip(generators, held["generators"], strict=True):
-                generator.set_state(state)
-            first, self.checkpoint = held["step"] + 1, None
-        saved = first - 1
-        for step in range(first, last + 1):
-            yield step
-            intervals = (step - saved) // self.args.checkpoint_every
-            if not intervals or step == self.total_steps or self.pending:
-                continue  # metrics and evaluations under way are not kept
-            if intervals > 1:  # an evaluation may outlast the time to the next
-                self._take_scores()
-            if not self.playing:
-                self._save_checkpoint(stage, step, parameters, generators, others)
-                saved = step
-        self.done[stage] = {name: p.detach().clone() for name, p in parameters.items()}
-
-    def _save_checkpoint(
-        self, stage: str, step: int, parameters: dict, generators: list, others: dict
-    ) -> None:
-        """Write checkpoint.pt, loadable with weights_only, in place of the one before."""
-        held = {
-            "script": self.script,
-            "dataset_sha256": self.dataset.sha256,
-            "argv": self.argv,
-            "stage": stage,
-            "step": step,
-            "done": self.done,
-            "parameters": {name: p.detach() for name, p in parameters.items()},
-            "others": {
-                name: x.detach() if isinstance(x, Tensor) else x.state_dict()
-                for name, x in others.items()
-            },
-            "generators": [generator.get_state() for generator in generators],
-            "rows": self.rows,
-            "curve": [(step, *map(torch.from_numpy, scores)) for step, *scores in self.curve],
-            "last": {name: torch.from_numpy(x) for name, x in self.last.items()},
-            "seconds": time.time() - self.started,
-        }
-        with whole_file(self.folder / "checkpoint.pt") as part:
-            torch.save(held, part)
+    # --------------------------------------------------------------------------------- in the loop
 
     def log(self, stage: str, step: int, metrics: dict[str, Tensor]) -> None:
         """Take the metrics of one step; every ``log_every`` steps, write their means.
 
-        Args:
-            stage: name of the stage.
-            step: 1-based, counted from the start of the run.
-            metrics: [S] or [S, K] each, on the device, ``loss`` among them; nothing waits for
-                them until their means are due.
+        Steps are counted from the start of the run, from 1. Metrics are [R] or [S] each, on the
+        device, ``loss`` among them; nothing waits for them until their means are due.
 
         Raises:
-            TrainingError: a loss was not finite; names the step.
+            TrainingError: a loss was not finite.
         """
-        if self.pending and stage != self.pending_stage:
-            self._flush(step - 1)
+        if stage != self.stage:
+            self._write_means()
         self.pending.append(metrics)
-        self.pending_stage = stage
+        self.stage, self.step = stage, step
         self.bar.update()
-        if step % self.args.log_every == 0 or step == self.total_steps:
-            self._flush(step)
+        if step % self.args.log_every == 0:
+            self._write_means()
 
-    def _flush(self, step: int) -> None:
-        taken = {
-            name: torch.stack([m[name] for m in self.pending]).double().cpu()
-            for name in self.pending[0]
-        }
-        count, self.pending = len(self.pending), []
-        if self.playing and self.playing[0].done():
-            self._take_scores()
-        self.last = {name: x.nanmean(0).numpy() for name, x in taken.items()}
-        self._write(self.pending_stage, step, self.last)
-        self._show({name: f"{x.nanmean():.3g}" for name, x in taken.items()})
-        finite = taken["loss"].isfinite().reshape(count, -1).all(1)
-        if not finite.all():
-            first = step - count + 1 + int((~finite).nonzero()[0])
-            self._take_scores()
+    def _write_means(self) -> None:
+        if not self.pending:
+            return
+        names = self.pending[0]
+        taken = {x: torch.stack([m[x] for m in self.pending]).double().cpu() for x in names}
+        self.pending = []
+        self.means = self._per_run({name: x.nanmean(0) for name, x in taken.items()})
+        self._write(self.stage, self.step, self.means)
+        self._say({name: taken[name].nanmean() for name in self.shown if name in taken})
+        if not taken["loss"].isfinite().all():
             self._end()
             raise TrainingError(
-                f"the loss is not finite at step {first} ({self.pending_stage}); what was logged "
-                f"is in {self.folder}; a smaller learning rate may help"
+                f"the loss is not finite by step {self.step} ({self.stage}); what was logged is in "
+                f"{self.folder}; a smaller learning rate may help"
             )
 
-    def _show(self, values: dict[str, str]) -> None:
-        self.shown |= values
-        keep = ("loss", "preference_accuracy_safe", "weighted_probability", "nu", "reward", "cost")
-        self.bar.set_postfix({k: self.shown[k] for k in keep if k in self.shown}, refresh=False)
-
     def evaluate(self, stage: str, step: int, parameters: dict[str, Tensor]) -> None:
-        """Every ``eval_every`` steps, and at the last, play the policies and write their scores.
+        """Play the policies and write their scores; nothing where ``--eval-episodes`` is 0.
 
-        Args:
-            stage: name of the stage.
-            step: as in ``log``.
-            parameters: of the policies, [S, K, ...], or [S, 1, ...] where one serves all limits.
+        ``parameters`` are the policies', with their buffers, [R, ...] or [S, ...] each.
         """
-        due = step % self.args.eval_every == 0 or step == self.total_steps
-        if self.evaluator is None or not due:
+        if self.evaluator is None:
             return
-        self._take_scores()
-        playing = self.evaluator.start(
-            self.config, parameters, self.seeds, len(self.cost_limits), self.targets
-        )
-        self.playing = playing, stage, step, len(self.rows)
-        if not self.overlaps:
-            self._take_scores()
+        played = self.evaluator.play(self.config, parameters, self.args.seeds)
+        self.scores = score_runs(self.runs, *played, self.reward_range)
+        self.curve["step"].append(step)
+        names = ("normalized_reward", "normalized_cost")
+        for name in names:
+            self.curve[name].append([round(score[name], 4) for score in self.scores])
+        self._write(stage, step, [{name: score[name] for name in names} for score in self.scores])
+        mean = mean_scores(self.scores)
+        self._say({"cost": mean["normalized_cost"], "reward": mean["normalized_reward"]})
 
-    def _take_scores(self) -> None:
-        """Wait for the evaluation under way, if there is one, and write what it came to."""
-        if self.playing is None:
-            return
-        (playing, stage, step, place), self.playing = self.playing, None
-        self.scores = playing.scores()
-        reward = self.scores.normalized_reward()
-        cost = self.scores.normalized_cost(self.cost_limits)
-        self.curve.append((step, reward, cost))
-        self._write(stage, step, {"normalized_reward": reward, "normalized_cost": cost}, place)
-        self._show({"reward": f"{reward.mean():.2f}", "cost": f"{cost.mean():.2f}"})
+    def _per_run(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        """Values [R] or [S] each -> R dicts of plain numbers."""
+        arrays = {k: np.asarray(x.cpu() if isinstance(x, Tensor) else x) for k, x in values.items()}
+        full = {name: x.repeat(len(self.runs) // len(x)).tolist() for name, x in arrays.items()}
+        return [{name: x[r] for name, x in full.items()} for r in range(len(self.runs))]
+
+    def _write(self, stage: str, step: int, values: list[dict[str, Any]]) -> None:
+        """Append a row a run to metrics.csv; a new column has the file written anew."""
+        new = [{"step": step, "stage": stage, **self.runs[r], **x} for r, x in enumerate(values)]
+        self.rows += new
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        anew, self.columns = columns != self.columns, columns
+        with open(self.folder / "metrics.csv", "w" if anew else "a", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            if anew:
+                writer.writeheader()
+            writer.writerows(self.rows if anew else new)
+        for row, x in zip(new, values, strict=True) if self.tracker else ():
+            name = f"seed{row['seed']}/limit{row['cost_limit']:g}"
+            self.tracker.log({f"{name}/{key}": value for key, value in x.items()}, step=step)
+
+    def _say(self, values: dict[str, float]) -> None:
+        """Show values in the progress bar, cost and reward first: they must fit into 80 columns."""
+        self.said |= {name: f"{name} {x:.2f}" for name, x in values.items()}
+        names = sorted(self.said, key=lambda name: name not in ("cost", "reward"))
+        self.bar.set_description_str("  ".join([self.stage, *(self.said[name] for name in names)]))
+
+    # -------------------------------------------------------------------- to go on after a cut-off
+
+    def save(self, stage: str, step: int, state: Any) -> None:
+        """Write a checkpoint that ``--resume`` goes on from; arguments as of ``restore``."""
+        held = {name: getattr(self, name) for name in KEPT}
+        held |= {"state": _copied(state), "seconds": time.time() - self.started}
+        with whole_file(self.folder / f"checkpoint-{stage}.pt") as part:
+            torch.save(held, part)
+
+    def restore(self, stage: str, state: Any, start: int = 0) -> int:
+        """The step that a stage goes on after: ``start``, or of a resumed run the last one saved.
+
+        ``state`` is all that the stage's steps change, put back in place: tensors, generators and
+        whatever has a ``state_dict``, in dicts and lists. On a CPU a run that was cut off and
+        resumed ends as one left alone, to the last bit.
+
+        Raises:
+            UserError: the checkpoint cannot be read.
+        """
+        path = self.folder / f"checkpoint-{stage}.pt"
+        if self.args.resume is None or not path.exists():
+            return start
+        try:
+            held = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception:  # what unpickling a damaged file raises is anyone's guess
+            raise UserError(f"--resume {self.folder}: its {path.name} cannot be read") from None
+        _put_back(state, held["state"])
+        vars(self).update({name: held[name] for name in KEPT})
+        self.started = time.time() - held["seconds"]
+        self.columns = []
+        self._write("", 0, [])  # metrics.csv anew, without what was logged after the checkpoint
+        self.bar.update(self.step - self.bar.n)
+        return self.step
+
+    def _interrupted(self, *_: Any) -> None:
+        """What Ctrl-C says."""
+        self.bar.close()
+        said = f"interrupted; {self.folder} holds what was logged"
+        if any(self.folder.glob("checkpoint-*.pt")):
+            said += f", and this goes on: python {sys.argv[0]} --resume {self.folder}"
+        raise KeyboardInterrupt(said)
+
+    # ----------------------------------------------------------------------------------- at its end
 
     def finish(
         self, parameters: dict[str, Tensor], final: dict[str, Any], stage_ends: int = 0
     ) -> None:
-        """Write policy, results and picture, and print the table.
+        """Play the last policies, unless they just were; write everything, and print the table.
 
-        Args:
-            parameters: of the policies, [S, K, ...] or [S, 1, ...]: the last ones.
-            final: columns of the results, [S, K] each, beside the metrics logged last.
-            stage_ends: step at which pretraining stopped, drawn as a line; 0: there was none.
+        ``parameters`` as in ``evaluate``; ``final`` are columns of the results, [R] or [S] each,
+        beside the metrics written last; ``stage_ends`` is the step at which pretraining stopped.
         """
-        self._take_scores()
-        self.bar.close()
-        self.save_policy(parameters)
-        results = {
-            "algorithm": self.algorithm,
-            "task": self.task.name,
-            "data": self.dataset.provenance,
-            "cost_limits": list(self.cost_limits),
-            "seeds": list(self.seeds),
-            "eval_episodes": self.args.eval_episodes,
-            "checkpoint": "last",
-            "versions": {"python": sys.version.split()[0], **_versions()},
-            "config": self.config,
-            "wall_seconds": round(time.time() - self.started, 1),
-            "runs": self._result_rows({**self.last, **final}),
-        }
-        if self.scores is not None:
-            results |= mean_scores(results["runs"])
-            results["curve"] = self._compact_curve(stage_ends)
-        write_json(self.folder / "results.json", results)
-        if self.curve:
-            self._draw(stage_ends)
-        print(f"{self.folder}/: config.json metrics.csv results.json policy.pt", end="")
-        print(" curves.png" if self.curve else "")
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
-        self._end()
-        print(summary(results))
-
-    def save_policy(self, parameters: dict[str, Tensor]) -> None:
-        """Write policy.pt: what ``common/evaluation.py`` needs, loadable with weights_only."""
-        policy = {
-            "script": self.script,
-            "task": self.task.name,
-            "played": dataclasses.asdict(self.task),
-            "reward_range": self.reward_range,
-            "data": self.dataset.provenance,
-            "config": self.config,
-            "seeds": list(self.seeds),
-            "cost_limits": list(self.cost_limits),
-            "targets": self.targets,
-            "parameters": {name: p.detach().cpu() for name, p in parameters.items()},
-        }
+        self._write_means()
+        if self.step not in self.curve["step"]:
+            self.evaluate(self.stage, self.step, parameters)
+        policy = {**self.about, "config": self.config, "env_id": self.args.env_id}
+        policy["reward_range"] = self.reward_range
+        policy["parameters"] = {name: p.detach().cpu() for name, p in parameters.items()}
         with whole_file(self.folder / "policy.pt") as part:
             torch.save(policy, part)
-
-    def _compact_curve(self, stage_ends: int) -> dict[str, Any]:
-        """What the evaluations came to, for pictures: a list of all runs' values for each."""
-        steps, reward, cost = zip(*self.curve, strict=True)
-        return {
-            "step": steps,
-            "stage_ends": stage_ends,  # the step at which pretraining stopped; 0: there was none
-            "normalized_reward": [x.flatten().round(4).tolist() for x in reward],
-            "normalized_cost": [x.flatten().round(4).tolist() for x in cost],
+        columns = zip(self.runs, self.means, self._per_run(final), strict=True)
+        results = {
+            **self.about,
+            "eval_episodes": self.args.eval_episodes,
+            "checkpoint": "last",
+            "versions": _versions(),
+            "config": self.config,
+            "wall_seconds": round(time.time() - self.started, 1),
+            "runs": [{**run, **means, **more} for run, means, more in columns],
         }
-
-    def _result_rows(self, final: dict[str, Any]) -> list[dict[str, Any]]:
-        if self.scores is not None:
-            rows = self.scores.rows(self.seeds, self.cost_limits)
-        else:
-            rows = [{"cost_limit": k, "seed": s} for s in self.seeds for k in self.cost_limits]
-        shape = (len(self.seeds), len(self.cost_limits))
-        for name, x in final.items():
-            values = np.asarray(x.cpu() if isinstance(x, Tensor) else x).reshape(shape[0], -1)
-            for row, value in zip(rows, np.broadcast_to(values, shape).flat, strict=True):
-                value = value.item()
-                row[name] = None if isinstance(value, float) and math.isnan(value) else value
-        return rows
-
-    def _write(
-        self, stage: str, step: int, values: dict[str, np.ndarray], place: int | None = None
-    ) -> None:
-        """Add the rows of one step, one a run, at ``place`` among all rows; by default at the end.
-
-        They are published unless those of an evaluation still have to come before them.
-        """
-        shape = (len(self.seeds), len(self.cost_limits))
-        full = {name: np.broadcast_to(x.reshape(shape[0], -1), shape) for name, x in values.items()}
-        place = len(self.rows) if place is None else place
-        self.rows[place:place] = [
-            {"step": step, "stage": stage, "seed": seed, "cost_limit": limit}
-            | {name: float(x[s, k]) for name, x in full.items()}
-            for s, seed in enumerate(self.seeds)
-            for k, limit in enumerate(self.cost_limits)
-        ]
-        if self.playing is None:
-            self._publish()
-
-    def _publish(self) -> None:
-        """Append what is new to metrics.csv; a new column has the file written anew."""
-        new = self.rows[self.published :]
-        for row in new if self.tracker else ():
-            run = f"seed{row['seed']}/limit{row['cost_limit']:g}"
-            values = {f"{run}/{name}": x for name, x in list(row.items())[4:]}
-            self.tracker.log(values, step=row["step"])
-        if any(name not in self.columns for row in new for name in row):
-            self._write_all()
-            return
-        with open(self.folder / "metrics.csv", "a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerows(new)
-        self.published = len(self.rows)
-
-    def _write_all(self) -> None:
-        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        with whole_file(self.folder / "metrics.csv") as part, open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        self.published = len(self.rows)
+        for run in results["runs"]:  # JSON has no nan
+            run |= {k: None for k, x in run.items() if isinstance(x, float) and math.isnan(x)}
+        if self.evaluator:
+            for run, scores in zip(results["runs"], self.scores, strict=True):
+                run |= scores
+            results |= mean_scores(self.scores)
+            results["curve"] = {**self.curve, "stage_ends": stage_ends}
+            _draw(results, self.folder / "curves.png")
+        write_json(self.folder / "results.json", results)
+        for path in self.folder.glob("checkpoint-*.pt"):
+            path.unlink()
+        self._end()
+        print(f"{self.folder}/: {' '.join(sorted(path.name for path in self.folder.iterdir()))}")
+        print(summary(results, self.shown))
 
     def _end(self) -> None:
         self.bar.close()
@@ -427,74 +266,103 @@ class Run:
         if self.tracker:
             self.tracker.finish()
 
-    def _draw(self, stage_ends: int) -> None:
-        plt = _pyplot()
 
-        steps = [step for step, _, _ in self.curve]
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-        styles = ("-", "--", "-.", (0, (1, 1)))
-        for axis, which, name in zip(axes, (1, 2), ("reward", "cost"), strict=True):
-            for k, limit in enumerate(self.cost_limits):
-                values = np.array([point[which][:, k] for point in self.curve])  # [points, S]
-                style = styles[k % len(styles)]
-                axis.plot(steps, values.mean(1), linestyle=style, label=f"cost limit {limit:g}")
-                if len(self.seeds) > 1:
-                    axis.fill_between(steps, values.min(1), values.max(1), alpha=0.15)
-            axis.set(xlabel="gradient steps")
-            if stage_ends:
-                axis.axvline(stage_ends, color="gray", linestyle=":", linewidth=1)
-                axis.set(xlabel="gradient steps (dotted: pretraining stops)")
-            axis.set_ylabel(f"normalised {name}")
-        axes[1].axhline(1, color="black", linestyle=":", linewidth=1)
-        axes[0].legend(fontsize=8)
-        band = ", mean and range" if len(self.seeds) > 1 else ""
-        seeds = f"seed{'s'[: len(self.seeds) > 1]} {', '.join(map(str, self.seeds))}"
-        figure.suptitle(
-            f"{self.algorithm} on {self.task.name}, data {self.dataset.source}, {seeds}{band}",
-            fontsize=10,
-        )
-        with whole_file(self.folder / "curves.png") as part:
-            figure.savefig(part, dpi=150, format="png")
-        plt.close(figure)
+def _copied(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.detach()
+    if isinstance(state, torch.Generator):
+        return state.get_state()
+    if isinstance(state, dict):
+        return {name: _copied(x) for name, x in state.items()}
+    if isinstance(state, list):
+        return [_copied(x) for x in state]
+    return state.state_dict()
 
 
-def _pyplot() -> ModuleType:
-    """Matplotlib, drawing to files alone; slow to import, so only where something is drawn."""
-    import matplotlib
+def _put_back(state: Any, held: Any) -> None:
+    if isinstance(state, Tensor):
+        state.data.copy_(held)
+    elif isinstance(state, torch.Generator):
+        state.set_state(held)
+    elif isinstance(state, dict | list):
+        for key in state if isinstance(state, dict) else range(len(state)):
+            _put_back(state[key], held[key])
+    else:
+        state.load_state_dict(held)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    return plt
+def _check_it_is_the_same(folder: Path, about: dict[str, Any]) -> None:
+    """Whether a run that is resumed is of this script and this data, and not finished."""
+    held, where = json.loads((folder / "config.json").read_text()), f"--resume {folder}"
+    if held["algorithm"] != about["algorithm"]:
+        raise UserError(f"{where}: is a run of algorithms/{held['algorithm']}.py")
+    if held["data"]["sha256"] != about["data"]["sha256"]:
+        raise UserError(f"{where}: its data {held['data']['path']} is no longer the file it was")
+    if (folder / "results.json").exists():
+        raise UserError(f"{where}: this run is finished; its results are there")
+    if not any(folder.glob("checkpoint-*.pt")):
+        raise UserError(f"{where}: it was cut off before its first checkpoint; start it anew")
 
 
-def save_scatter(path: Path, true: np.ndarray, learned: np.ndarray, limits: list[float]) -> None:
-    """Draw what models say episodes cost, [R, E], against what they do, [E]; one panel a limit.
+def mean_scores(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The means over all runs, and whether that is safe: mean normalised cost <= 1 (DSRL)."""
+    reward = float(np.mean([run["normalized_reward"] for run in runs]))
+    cost = float(np.mean([run["normalized_cost"] for run in runs]))
+    return {"normalized_reward": reward, "normalized_cost": cost, "safe": cost <= 1}
 
-    Args:
-        path: of the picture.
-        true: summed cost of each episode.
-        learned: the same as the models of S seeds x K limits have it, seed by seed.
-        limits: the K cost limits.
+
+def summary(results: dict[str, Any], shown: dict[str, str]) -> str:
+    """A table with a row per run, the reference's above them, and the line a run ends with.
+
+    ``results`` are as in ``results.json``; ``shown`` as in ``Run``.
     """
-    plt = _pyplot()
+    runs, curve = results["runs"], results.get("curve", {"step": [], "stage_ends": 0})
+    seeds = ", ".join(map(str, results["seeds"]))
+    limits = ", ".join(f"{limit:g}" for limit in results["cost_limits"])
+    tail = f"(seeds {seeds} × limits {limits}; data {results['data']['source']})"
+    if "normalized_cost" not in runs[0]:
+        return f"{results['task']}  {len(runs)} runs, not evaluated  {tail}"
+    lines = [["limit", "seed", "reward", "cost", *shown]]
+    if curve["stage_ends"] in curve["step"]:  # what imitation alone does
+        at = curve["step"].index(curve["stage_ends"])
+        reward, cost = (np.mean(curve[f"normalized_{x}"][at]) for x in ("reward", "cost"))
+        lines.append(["reference", "all", f"{reward:.2f}", f"{cost:.2f}"])
+    for run in runs:
+        values = [run[x] for x in ("normalized_reward", "normalized_cost", *shown)]
+        cells = ["nan" if x is None else f"{x:.2f}" for x in values]
+        lines.append([f"{run['cost_limit']:g}", str(run["seed"]), *cells])
+    table = ["".join(f"{cell:>11}" for cell in line) for line in lines]
+    mean, safe = mean_scores(runs), sum(run["normalized_cost"] <= 1 for run in runs)
+    end = f"{results['task']}  reward {mean['normalized_reward']:.2f}  "
+    end += f"cost {mean['normalized_cost']:.2f}  {safe} of {len(runs)} runs safe  {tail}"
+    meanings = [f"{name}: {meaning}" for name, meaning in shown.items()]
+    return "\n".join(["", *table, "", *meanings, end])
 
-    count = len(limits)
-    figure, axes = plt.subplots(
-        1, count, figsize=(3 * count, 3), layout="constrained", squeeze=False
-    )
-    for k, (axis, limit) in enumerate(zip(axes[0], limits, strict=True)):
-        for s, values in enumerate(learned[k::count]):
-            axis.plot(true, values, ".", markersize=2, color=f"C{s}")
-        end = max(true.max(), learned.max())
-        axis.plot((0, end), (0, end), color="black", linewidth=1)
-        axis.axvline(limit, color="gray", linestyle=":", linewidth=1)
-        axis.axhline(limit, color="gray", linestyle=":", linewidth=1)
-        axis.set(xlabel="true cost of an episode", title=f"cost limit {limit:g}")
-    axes[0, 0].set_ylabel("learned cost")
+
+def _draw(results: dict[str, Any], path: Path) -> None:
+    """Reward and cost against gradient steps, a line a cost limit."""
+    from matplotlib.figure import Figure  # slow to import, so only here
+
+    seeds, limits, curve = results["seeds"], results["cost_limits"], results["curve"]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, name in zip(axes, ("reward", "cost"), strict=True):
+        values = np.array(curve[f"normalized_{name}"]).reshape(-1, len(seeds), len(limits))
+        for k, limit in enumerate(limits):
+            mean, low, high = (f(values[..., k], axis=1) for f in (np.mean, np.min, np.max))
+            style = ("-", "--", "-.", ":")[k % 4]
+            axis.plot(curve["step"], mean, linestyle=style, label=f"cost limit {limit:g}")
+            axis.fill_between(curve["step"], low, high, alpha=0.15)
+        if curve["stage_ends"]:
+            axis.axvline(curve["stage_ends"], color="gray", linestyle=":", linewidth=1)
+        axis.set(xlabel="gradient steps (dotted: pretraining stops)", ylabel=f"normalised {name}")
+    axes[1].axhline(1, color="black", linestyle=":", linewidth=1)
+    axes[0].legend(fontsize=8)
+    told = f"seeds {', '.join(map(str, seeds))}: mean and range"
+    source = results["data"]["source"]
+    figure.suptitle(f"{results['algorithm']} on {results['task']}, data {source}, {told}")
     with whole_file(path) as part:
         figure.savefig(part, dpi=150, format="png")
-    plt.close(figure)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -504,45 +372,29 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def _make_folder(parent: Path) -> Path:
-    """A new folder named after the time, with a number where a run started the same second."""
-    now = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for suffix in ("", *(f"_{i}" for i in range(2, 1000))):
-        folder = parent / (now + suffix)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if folder.is_dir():
-                continue
-            raise UserError(f"--output-dir: {parent} is not a folder") from None
-        except OSError as error:
-            raise UserError(
-                f"--output-dir: {parent} cannot be written to ({error.strerror}); give a folder "
-                "that can"
-            ) from None
-        return folder
-    raise UserError(f"--output-dir: {parent} has too many runs of this second")
+    """A new folder named after the time, to the microsecond: several may start at once."""
+    folder = parent / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"--output-dir: {folder} cannot be made ({error.strerror}); give a folder that can"
+        ) from None
+    return folder
 
 
 def _versions() -> dict[str, str]:
-    """Of the packages that numbers depend on, those installed."""
-    found = {}
-    for package in VERSIONED:
-        with contextlib.suppress(PackageNotFoundError):  # a machine without the simulators
-            found[package] = version(package)
-    return found
+    """What numbers depend on, as far as it is installed."""
+    held = {package.metadata["Name"]: package.version for package in distributions()}
+    return {"python": sys.version.split()[0]} | {k: held[k] for k in VERSIONED if k in held}
 
 
 def _start_wandb(run: Run) -> Any:
     import wandb
 
     try:
-        return wandb.init(
-            project="presa",
-            name=f"{run.algorithm}/{run.task.name}/{run.folder.name}",
-            config=run.config | {"data": run.dataset.provenance},
-            dir=run.folder,
-        )
+        name, config = f"{run.algorithm}/{run.about['task']}", run.config | run.about
+        return wandb.init(project="presa", name=name, config=config, dir=run.args.output_dir)
     except wandb.Error as error:
-        shutil.rmtree(run.folder)
         reason = str(error).splitlines()[0]
         raise UserError(f"--track: {reason}; WANDB_MODE=offline needs no account") from None

@@ -5,7 +5,6 @@ This is the only file that imports them; everything else asks it for an environm
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import os
@@ -14,11 +13,16 @@ import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
+
+from common.args import UserError
 
 import numpy as np
 
-from common.cli import UserError
-
+MISSING = (
+    "evaluation needs the simulators, and {} cannot be imported: install them on Python 3.10 or "
+    "3.11 as the README says, or train without them (--eval-episodes 0)"
+)
 PACKAGES = ("gymnasium", "dsrl", "bullet_safety_gym", "pybullet", "safety_gymnasium", "mujoco")
 
 
@@ -30,14 +34,7 @@ def check_installed() -> None:
     """
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
-            raise UserError(_missing(package))
-
-
-def _missing(package: object) -> str:
-    return (
-        f"evaluation needs the simulators, and {package} cannot be imported: install them on "
-        "Python 3.10 or 3.11 as the README says, or train without them (--eval-episodes 0)"
-    )
+            raise UserError(MISSING.format(package))
 
 
 @functools.cache
@@ -56,10 +53,11 @@ def import_gymnasium() -> Any:
         with _arrays_as_defaults():
             import safety_gymnasium.builder  # noqa: F401
         _leave_out_the_sky()
-        with _no_dataset_folder():
+        # It makes a folder for downloads when it is imported: here it is shown one that is there.
+        with mock.patch.dict(os.environ, DSRL_DATASET_DIR=os.path.dirname(__file__)):
             import dsrl  # noqa: F401
     except ImportError as error:
-        raise UserError(_missing(error.name or error)) from None
+        raise UserError(MISSING.format(error.name or error)) from None
     gymnasium.logger.set_level(gymnasium.logger.ERROR)
     return gymnasium
 
@@ -85,19 +83,6 @@ def _arrays_as_defaults() -> Iterator[None]:
         dataclasses.field = field
 
 
-@contextlib.contextmanager
-def _no_dataset_folder() -> Iterator[None]:
-    """Keep dsrl from making a folder for downloads, which are not its task here, when imported."""
-    folder = os.environ.get("DSRL_DATASET_DIR")
-    os.environ["DSRL_DATASET_DIR"] = os.path.dirname(__file__)  # it is there already
-    try:
-        yield
-    finally:
-        del os.environ["DSRL_DATASET_DIR"]
-        if folder is not None:
-            os.environ["DSRL_DATASET_DIR"] = folder
-
-
 def _leave_out_the_sky() -> None:
     """Drop the skybox from SafetyGym's models; nothing but a picture ever shows it.
 
@@ -112,31 +97,15 @@ def _leave_out_the_sky() -> None:
 
 
 def make(env_id: str) -> Any:
-    """Make an environment; one of the reader's own may lie in a module of the working folder.
-
-    Raises:
-        UserError: there is no such environment, or it cannot be made.
-    """
+    """Make an environment; one of the reader's own may lie in a module of the working folder."""
     gymnasium = import_gymnasium()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` is looked for last
     # Bullet wants streams that are files, to have its greetings not seen; a notebook's are none.
     out, err = sys.__stdout__, sys.__stderr__
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            # The checker repeats, at every step, what the tests check once.
-            return gymnasium.make(env_id, disable_env_checker=True)
-    except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv):
-        name = env_id.rpartition(":")[-1]
-        close = difflib.get_close_matches(name, gymnasium.envs.registry, n=3)
-        offer = f"; did you mean {', '.join(close)}?" if close else "; give module:EnvName-v0"
-        raise UserError(f"--env-id {env_id}: no such environment{offer}") from None
-    except ModuleNotFoundError as error:
-        missing = error.name or getattr(error.__cause__, "name", None)  # gymnasium's has no name
-        raise UserError(
-            f"--env-id {env_id}: the module {missing} cannot be imported; give "
-            "module:EnvName-v0, with the module in this folder or on PYTHONPATH"
-        ) from None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        # The checker repeats, at every step, what the tests check once.
+        return gymnasium.make(env_id, disable_env_checker=True)
 
 
 _kept: dict[str, list[Any]] = {}  # Bullet environments that wait for another episode

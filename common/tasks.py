@@ -13,9 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
+from common.args import UserError, nearest
 
-from common.cli import UserError, nearest
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,17 @@ class Task:
 
 
 def _task(
-    name: str, suite: str, env_id: str, sizes: tuple[int, int], horizon: int, file: str
+    suite: str, version: str, name: str, sizes: tuple[int, int], horizon: int, file: str
 ) -> Task:
     limits = {"Bullet": (10.0, 20.0, 40.0), "SafetyGym": (20.0, 40.0, 80.0)}[suite]
-    box = ((-1.0,) * sizes[1], (1.0,) * sizes[1])
-    return Task(name, suite, env_id, *sizes, horizon, limits, f"Safety{file}.hdf5", *box)
+    env, box = f"{name}{version}", ((-1.0,) * sizes[1], (1.0,) * sizes[1])
+    file = f"Safety{env}-{file}.hdf5"
+    return Task(name, suite, f"Offline{env}", *sizes, horizon, limits, file, *box)
 
 
-def _bullet(name: str, sizes: tuple[int, int], horizon: int, file: str) -> Task:
-    return _task(name, "Bullet", f"Offline{name}-v0", sizes, horizon, f"{name}-v0-{file}")
-
-
-def _navigation(name: str, sizes: tuple[int, int], horizon: int, file: str) -> Task:
-    env = f"{name}Gymnasium-v0"
-    return _task(name, "SafetyGym", f"Offline{env}", sizes, horizon, f"{env}-{file}")
-
-
-def _velocity(name: str, sizes: tuple[int, int], horizon: int, file: str) -> Task:
-    env = f"{name}Gymnasium-v1"
-    return _task(name, "SafetyGym", f"Offline{env}", sizes, horizon, f"{env}-{file}")
+_bullet = functools.partial(_task, "Bullet", "-v0")
+_navigation = functools.partial(_task, "SafetyGym", "Gymnasium-v0")
+_velocity = functools.partial(_task, "SafetyGym", "Gymnasium-v1")
 
 
 # name, dimensions of (observation, action), horizon, the end of the file's name: DSRL's maximum
@@ -95,47 +87,11 @@ TASKS = {
 }
 
 
-# Returns that CDT's authors ask for under the three cost limits, meant for DSRL's own files (Liu et
-# al. 2023, their configurations).
-RETURN_TARGETS = {
-    **dict.fromkeys(("AntRun", "BallCircle", "DroneCircle"), (700.0, 750.0, 800.0)),
-    "BallRun": (500.0, 500.0, 700.0),
-    "CarRun": (575.0, 575.0, 575.0),
-    "DroneRun": (400.0, 500.0, 600.0),
-    "AntCircle": (300.0, 350.0, 400.0),
-    "CarCircle": (450.0, 500.0, 550.0),
-    "CarCircle1": (20.0, 22.5, 25.0),
-    "CarCircle2": (20.0, 21.0, 22.0),
-    "PointCircle1": (50.0, 52.5, 55.0),
-    "PointCircle2": (45.0, 47.5, 50.0),
-    **{
-        name: (target,) * 3
-        for target, names in {
-            12.0: ("CarPush2", "PointPush2"),
-            15.0: ("CarPush1", "PointPush1"),
-            30.0: ("CarGoal2", "PointGoal1", "PointGoal2"),
-            35.0: ("CarButton1",),
-            40.0: ("CarButton2", "CarGoal1", "PointButton1", "PointButton2"),
-            160.0: ("SwimmerVelocity",),
-            1750.0: ("HopperVelocity",),
-            2800.0: ("AntVelocity", "Walker2dVelocity"),
-            3000.0: ("HalfCheetahVelocity",),
-        }.items()
-        for name in names
-    },
-}
-
-
 def get_task(name: str, env_id: str | None = None) -> Task:
-    """Look a task up by name, or make one of the reader's own environment.
-
-    Args:
-        name: one of the 29; not looked at where ``env_id`` is given.
-        env_id: of any environment that gymnasium can make, such as ``my_module:MyEnv-v0``.
+    """One of the 29 tasks, or one of the reader's own environment, ``my_module:MyEnv-v0``.
 
     Raises:
-        UserError: no such task (the sentence offers the nearest names), or the environment is not
-            one that can be learned and scored here.
+        UserError: no such task, or the environment cannot be learned and scored here.
     """
     if env_id is not None:
         return own_task(env_id)
@@ -157,75 +113,54 @@ def own_task(env_id: str) -> Task:
         env.reset(seed=0)
         info = env.step(env.action_space.sample())[-1]
         env.close()
-        reports_cost = isinstance(info.get("cost"), int | float | np.number | np.bool_)
     except UserError:
         raise
     except Exception as error:  # the environment is not ours: it may raise anything
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"--env-id {env_id}: making it, resetting it and a first step end with "
-            f"{type(error).__name__}: {reason}"
-        ) from None
-    observations, actions = env.observation_space, env.action_space
+        reason = " ".join(str(error).split())
+        raise UserError(f"--env-id {env_id}: {type(error).__name__}: {reason}") from None
+    observations, actions = env.observation_space.shape or (), env.action_space
+    flat = len(actions.shape or ()) == 1 and actions.dtype.kind == "f"
     horizon = env.spec.max_episode_steps if env.spec else None
-    problems = []
-    if len(observations.shape or ()) != 1:
-        problems.append("its observations must be a flat Box (wrap it in FlattenObservation)")
-    if len(actions.shape or ()) != 1 or actions.dtype.kind != "f":
-        problems.append("its actions must be a flat Box of floats")
-    elif not all(0 < width < math.inf for width in actions.high - actions.low):
-        problems.append("its actions must be bounded, each with room between its bounds")
-    if not horizon:
-        problems.append("its episodes must end (register it with max_episode_steps)")
-    if not reports_cost:
-        problems.append("its step must report info['cost'], a number")
-    if problems:
-        raise UserError(f"--env-id {env_id}: cannot be used: {'; '.join(problems)}")
-    return Task(
-        env_id.rpartition(":")[-1].replace("/", "-"),  # names a folder
-        "own",
-        env_id,
-        observations.shape[0],
-        actions.shape[0],
-        horizon,
-        (),
-        "",
-        tuple(actions.low.tolist()),
-        tuple(actions.high.tolist()),
-    )
+    needs = {
+        "flat observations (wrap it in FlattenObservation)": len(observations) == 1,
+        "flat actions, a bounded Box of floats": flat
+        and all(0 < width < math.inf for width in actions.high - actions.low),
+        "episodes that end (register it with max_episode_steps)": bool(horizon),
+        "info['cost'], a number, from each step": isinstance(
+            info.get("cost"), int | float | np.number | np.bool_
+        ),
+    }
+    lacks = "; ".join(what for what, has in needs.items() if not has)
+    if lacks:
+        raise UserError(f"--env-id {env_id}: it must have {lacks}")
+    name = env_id.rpartition(":")[-1].replace("/", "-")  # names a folder
+    sizes, box = (observations[0], actions.shape[0]), (actions.low.tolist(), actions.high.tolist())
+    return Task(name, "own", env_id, *sizes, horizon, (), "", *map(tuple, box))
 
 
-def segment_length(horizon: int, cost_limits: Sequence[float]) -> int:
-    """L, steps: the default for a task with these cost limits.
+def segment_length(task: Task, cost_limits: Sequence[float]) -> int:
+    """L, steps: the default for a task; of one's own task it depends on the cost limits given.
 
     The shortest segments whose labels can tell the tightest limit from "any cost is unsafe"
     (kappa_min * L / T_max >= 1), at least 20 steps, and no more than an episode has.
     """
-    tightest = min((limit for limit in cost_limits if limit > 0), default=math.inf)
-    return min(max(20, math.ceil(horizon / tightest)), horizon)
+    limits = task.cost_limits or cost_limits
+    tightest = min((limit for limit in limits if limit > 0), default=math.inf)
+    return min(max(20, math.ceil(task.horizon / tightest)), task.horizon)
 
 
 def reference_returns(task: Task) -> tuple[float, float]:
-    """DSRL's lowest and highest return of one of the 29 tasks, which scores are normalised by.
-
-    Raises:
-        UserError: dsrl is not installed.
-    """
+    """DSRL's lowest and highest return of one of the 29 tasks, which scores are normalised by."""
     return infos().MIN_EPISODE_REWARD[task.name], infos().MAX_EPISODE_REWARD[task.name]
-
-
-def max_cost(task: Task) -> float:
-    """The highest cost of an episode in DSRL's own dataset of one of the 29 tasks.
-
-    Raises:
-        UserError: dsrl is not installed.
-    """
-    return infos().MAX_EPISODE_COST[task.name]
 
 
 @functools.cache
 def infos() -> ModuleType | Any:
-    """``dsrl.infos``, tables of numbers, without the simulators that ``import dsrl`` brings."""
+    """``dsrl.infos``, tables of numbers, without the simulators that ``import dsrl`` brings.
+
+    Raises:
+        UserError: dsrl is not installed.
+    """
     found = importlib.util.find_spec("dsrl")
     if found is None:
         raise UserError(
