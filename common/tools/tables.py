@@ -1,66 +1,180 @@
-"""The paper's tables and figures from the results of runs; ``common/benchmark.py`` is the command.
+"""The benchmark's tables, made of the results of runs; ``benchmark.py`` is the command.
 
-A result is a ``results.json``. Those made with a script's default flags (or with those of
-``--flags``) are the main grid, Table 1; those that differ in one flag are a point of that flag's
-sweep; others are left out. What differs in data, protocol or evaluation never shares a table.
+A result is a ``results.json``. A table has a row for each method and each change of its flags,
+below it the paper's numbers, where there are any, and a column for each task. What stands at one
+place is an array of scores, [2, S, K]: normalised reward and cost of the runs of S seeds and K cost
+limits (of a mean over tasks: the limits of all of them).
 """
 
-import ast
-import csv
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from common.args import GraphArgs, TaskArgs
-from common.cli import UserError, parse_args, whole_file
-from common.evaluation import ROOT, load_script
+from common.args import OutputArgs, TaskArgs, UserError
+from common.evaluation import ALGORITHMS, load_script
 from common.tasks import TASKS, segment_length
 
-PAPER = ROOT / "common" / "paper.json"
-# Flags of every script that say on what and how it is run, not what the method is.
-SHARED = {field.name for args in (TaskArgs, GraphArgs) for field in dataclasses.fields(args)}
-SIMULATORS = ("gymnasium", "dsrl", "bullet-safety-gym", "pybullet")
-BEST, BEST_TRUTH = "★", "†"
-DRAWS = 10_000  # of the bootstrap
+import numpy as np
 
-Cell = tuple[float, float]  # normalised reward and cost
+# Flags of every script that say on what and how it is run, not what the method is.
+SHARED = {field.name for args in (TaskArgs, OutputArgs) for field in dataclasses.fields(args)}
+SIMULATORS = ("gymnasium", "dsrl", "bullet-safety-gym", "pybullet")
+SCORES = ("normalized_reward", "normalized_cost")
+PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())["tables"]
+DRAWS = 10_000  # of the bootstrap
+LEGEND = """Normalised reward / normalised cost; in bold what is safe (a cost of at most 1), in \
+brackets how many runs are safe. The paper's numbers are on its own data."""
+INTERVALS = """Means with 95 % intervals, by a stratified bootstrap of the runs (within each cost \
+limit the seeds are drawn anew), and the cost of the worst run:"""
+
+
+# ----------------------------------------------------------------------------------------- results
 
 
 @dataclass
 class Result:
-    """One ``results.json``: a method on a task, S seeds x K cost limits."""
+    """One ``results.json``: a method on a task."""
 
     path: Path
-    algorithm: str
-    task: str
-    variant: dict[str, Any]  # the flags, by field, in which it is not the main grid's
     held: dict[str, Any]  # the file
-    base: Any  # the main grid's arguments
+    flags: dict[str, Any]  # the method's own, by field, as the run had them
+    change: dict[str, Any]  # those of them that are not the script's defaults
+    varied: set[str]  # and of these the fields in which it differs from the main grid
 
-    def value(self, field: str) -> Any:
-        """Of a flag, by field."""
-        value = self.held["config"].get(field, getattr(self.base, field))
-        return str(value) if isinstance(value, list) else value
+    def __post_init__(self):
+        self.algorithm, self.task = self.held["algorithm"], self.held["task"]
+
+    @property
+    def label(self) -> str:
+        """The method's name and its change as one types it: ``PreSa --eta 10``."""
+        words = [titles()[self.algorithm]]
+        for field, value in self.change.items():
+            words.append(f"--{'no-' * (value is False)}{field.replace('_', '-')}")
+            if not isinstance(value, bool):
+                values = value if isinstance(value, list) else [value]
+                words += [f"{x:g}" if isinstance(x, float) else str(x) for x in values]
+        return " ".join(words)
+
+    @property
+    def name(self) -> str:
+        """The same, without the flags of the main grid."""
+        return self.label if self.varied else titles()[self.algorithm]
 
     def scores(self) -> np.ndarray:
-        """Normalised reward and cost of each run, [2, S, K]."""
-        runs = self.held["runs"]
-        both = [[run[f"normalized_{x}"] for run in runs] for x in ("reward", "cost")]
-        return np.array(both).reshape(2, len(self.held["seeds"]), -1)
+        """Of the last policies."""
+        scores = [[run[x] for run in self.held["runs"]] for x in SCORES]
+        return np.array(scores).reshape(2, len(self.held["seeds"]), -1)
 
-    def cell(self) -> Cell:
-        """The means over all runs."""
-        reward, cost = self.scores().mean((1, 2))
-        return float(reward), float(cost)
+    def reference(self) -> np.ndarray | None:
+        """Of the policies when pretraining stopped; None: there was none."""
+        curve = self.held.get("curve", {"step": [], "stage_ends": 0})
+        if curve["stage_ends"] not in curve["step"]:
+            return None
+        scores = [curve[x][curve["step"].index(curve["stage_ends"])] for x in SCORES]
+        return np.array(scores).reshape(2, len(self.held["seeds"]), -1)
 
 
-# -------------------------------------------------------------------------------- reading results
+def read_results(paths: Iterable[Path]) -> list[Result]:
+    """Every evaluated result in the files and folders given; says why others are left out.
+
+    Raises:
+        UserError: a file is not there or no JSON.
+    """
+    files, results = [], []
+    for path in paths:
+        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    for file in files:
+        try:
+            held = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"--results: {file} cannot be read as JSON: {error}") from None
+        if not isinstance(held, dict) or not {"algorithm", "task", "runs"} <= held.keys():
+            continue  # another file that a run leaves
+        try:
+            if held["task"] not in TASKS or "normalized_cost" not in held["runs"][0]:
+                raise UserError(f"not one of the {len(TASKS)} tasks, or not evaluated")
+            had, default = method_flags(held, script_args(held["algorithm"])())
+        except UserError as error:
+            print(f"left out: {file}: {error}")
+            continue
+        change = {field: had[field] for field in sorted(had) if had[field] != default[field]}
+        results.append(Result(file, held, had, change, set()))
+    for result in results:
+        mine = [other.change for other in results if other.algorithm == result.algorithm]
+        # The main grid's flags: the defaults, or what else all the method's results have in common.
+        grid = next((x for x in mine if all(x.items() <= y.items() for y in mine)), {})
+        result.varied = result.change.keys() - grid.keys()
+    return results
+
+
+def script_args(name: str) -> type:
+    """A script's dataclass of arguments; a UserError says why it cannot be imported."""
+    try:
+        return load_script(name).Args
+    except UserError:
+        raise
+    except Exception as error:  # the file may be anybody's, and half written
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"algorithms/{name}.py: cannot be imported ({reason})") from None
+
+
+def method_flags(held: dict[str, Any], defaults: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The method's own flags, by field, as a result had them and as they are by default.
+
+    Those that are newer than the result had the default; those that are gone do not count.
+    """
+    default = {k: v for k, v in dataclasses.asdict(defaults).items() if k not in SHARED}
+    if "segment_length" in default:
+        default["segment_length"] = segment_length(TASKS[held["task"]], held["cost_limits"])
+    default = json.loads(json.dumps(default))  # tuples become lists, as in the file
+    had = dict(default)
+    for field in default.keys() & held["config"].keys():
+        value = held["config"][field]
+        if isinstance(value, dict):  # of feedback: how it was made, or its file
+            value = Path(value["path"]).name if "path" in value else None
+        had[field] = default[field] if value is None else value
+    return had, default
+
+
+def check_comparable(results: Sequence[Result]) -> None:
+    """Whether results can stand in one table.
+
+    Raises:
+        UserError: two differ in data, protocol or evaluation, or are of one cell; it names both.
+    """
+    first: dict[str, tuple[Result, Any]] = {}
+    for result in results:
+        held, task = result.held, result.task
+        facts = {
+            "the seeds": held["seeds"],
+            "evaluation episodes": held["eval_episodes"],
+            "the policy that is evaluated": held["checkpoint"],
+            f"the data of {task} (SHA-256)": held["data"]["sha256"][:12],
+            f"the cost limits of {task}": held["cost_limits"],
+            f"nothing else, both being {result.label} on {task}": str(result.path),
+        }
+        for package, version in held["versions"].items():
+            facts |= {f"the version of {package}": version} if package in SIMULATORS else {}
+        for what, value in facts.items():
+            other, before = first.setdefault(what, (result, value))
+            if before != value:
+                raise UserError(
+                    f"{other.path} and {result.path} cannot stand in one table: they differ in "
+                    f"{what}, {before} and {value}; give other --results"
+                )
+
+
+# ------------------------------------------------------------------------------------------- names
+
+
+def paper(label: str, task: str) -> np.ndarray | None:
+    """The paper's reward and cost, [2, 1, 1], nan where illegible; None: it has none."""
+    told = [table[label].get(task) for table in PAPER.values() if label in table]
+    return np.array(told[0], float).reshape(2, 1, 1) if told and told[0] else None
 
 
 def suite(task: str) -> str:
@@ -70,158 +184,18 @@ def suite(task: str) -> str:
     return "Velocity" if task.endswith("Velocity") else "Navigation"
 
 
-def title(algorithm: str) -> str:
-    """A method's name: its file's first line up to the colon, or the file's own."""
-    try:
-        said = ast.get_docstring(ast.parse((ROOT / "algorithms" / f"{algorithm}.py").read_text()))
-    except (OSError, SyntaxError):
-        said = None
-    head, colon, _ = (said or "").split("\n")[0].partition(":")
-    return head if colon else algorithm
+@functools.cache
+def titles() -> dict[str, str]:
+    """The methods' names, by file: the first line up to the colon; with the file's where shared."""
+    names = {}
+    for path in sorted(ALGORITHMS.glob("[!_]*.py")):
+        head, colon, _ = path.read_text().partition("\n")[0].lstrip('"').partition(":")
+        names[path.stem] = head if colon else path.stem
+    shared = [name for name in names.values() if list(names.values()).count(name) > 1]
+    return {k: f"{name} ({k})" if name in shared else name for k, name in names.items()}
 
 
-def headings(algorithms: Iterable[str]) -> dict[str, str]:
-    """Methods' names; with the file's where two say the same, as a copy does."""
-    names = {name: title(name) for name in sorted(set(algorithms))}
-    said = list(names.values())
-    return {name: x if said.count(x) == 1 else f"{x} ({name})" for name, x in names.items()}
-
-
-def read_script(algorithm: str) -> Any:
-    """A method's module.
-
-    Raises:
-        UserError: there is none, or importing it fails.
-    """
-    try:
-        return load_script(f"algorithms/{algorithm}.py")
-    except Exception as error:  # the file may be anybody's, and half written
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"algorithms/{algorithm}.py: cannot be imported ({type(error).__name__}: {reason})"
-        ) from None
-
-
-def flags_of(args_class: type, flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Which of ``--name value ..`` a script has: those flags, and the names that it lacks."""
-    groups: list[list[str]] = []
-    for token in flags:
-        if token.startswith("--") or not groups:
-            groups.append([token])
-        else:
-            groups[-1].append(token)
-    fields = {field.name for field in dataclasses.fields(args_class)}
-    names = [group[0][2:].partition("=")[0].replace("-", "_") for group in groups]
-    has = [name in fields or name.removeprefix("no_") in fields for name in names]
-    kept = [token for group, known in zip(groups, has, strict=True) if known for token in group]
-    return kept, [group[0] for group, known in zip(groups, has, strict=True) if not known]
-
-
-def read_results(
-    paths: Iterable[Path],
-    exclude: Sequence[str] = (),
-    flags: Sequence[str] = (),
-    own_flags: dict[str, list[str]] | None = None,
-) -> tuple[list[Result], list[str]]:
-    """Every evaluated result under the folders (or files) given, and why others are left out.
-
-    Args:
-        paths: folders, looked through to the bottom, and files.
-        exclude: patterns of the names of files, and of folders they lie in, that are not read.
-        flags: of the main grid.
-        own_flags: the same, of single methods.
-
-    Raises:
-        UserError: a path is not there, or a file cannot be read.
-    """
-    files: dict[Path, None] = {}
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"--results {path}: there is no such folder or file")
-        found = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-        out = {f for f in found for x in f.parts if any(fnmatch(x, p) for p in exclude)}
-        files |= {f: None for f in found if f not in out}
-    results, left_out, bases = [], [], {}
-    for file in files:
-        try:
-            held = json.loads(file.read_text())
-            if not isinstance(held, dict) or not {"algorithm", "task", "runs"} <= held.keys():
-                continue  # another file that a run leaves
-        except (OSError, ValueError):
-            raise UserError(f"--results: {file} cannot be read as JSON; remove it") from None
-        algorithm, task = held["algorithm"], held["task"]
-        if task not in TASKS or not all("normalized_cost" in run for run in held["runs"] or [{}]):
-            left_out.append(f"{file}: not one of the 29 tasks, or not evaluated")
-            continue
-        if algorithm not in bases:
-            try:
-                args_class = read_script(algorithm).Args
-                given = flags_of(args_class, flags)[0] + (own_flags or {}).get(algorithm, [])
-                bases[algorithm] = parse_args(args_class, given)
-            except UserError as error:
-                bases[algorithm] = error
-        if isinstance(bases[algorithm], UserError):
-            left_out.append(f"{file}: {bases[algorithm]}")
-            continue
-        base = bases[algorithm]
-        results.append(Result(file, algorithm, task, changed_flags(held, base), held, base))
-    return results, left_out
-
-
-def changed_flags(held: dict[str, Any], base: Any) -> dict[str, Any]:
-    """In which flags, by field, a result is not the main grid's, whose arguments are ``base``.
-
-    A flag that came to the script after the result was made does not count.
-    """
-    config, changed = held["config"], {}
-    for field, wanted in dataclasses.asdict(base).items():
-        if field in SHARED or field not in config:
-            continue
-        had = config[field]
-        if field == "segment_length" and wanted is None:
-            wanted = segment_length(TASKS[held["task"]].horizon, held["cost_limits"])
-        if field == "feedback" and isinstance(had, dict):
-            had = None if had["source"] == "synthetic" else had["path"]
-        if had is not None and had != json.loads(json.dumps(wanted, default=str)):
-            changed[field] = had
-    return changed
-
-
-def check_comparable(results: Sequence[Result]) -> None:
-    """Whether results can stand in one table.
-
-    Raises:
-        UserError: two of them differ in data, protocol or evaluation, or are of the same cell; the
-            sentence names both and what differs.
-    """
-    alike = {"the seeds": "seeds", "evaluation episodes": "eval_episodes"}
-    alike |= {"the policy that is evaluated": "checkpoint"}
-    first: dict[Any, tuple[Result, Any]] = {}
-    cells: dict[tuple, Result] = {}
-    for result in results:
-        held, task = result.held, result.task
-        facts = {what: (what, held[key]) for what, key in alike.items()}
-        facts[task, "data"] = (f"the data of {task} (SHA-256)", held["data"]["sha256"][:12])
-        facts[task, "limits"] = (f"the cost limits of {task}", held["cost_limits"])
-        for package in SIMULATORS:
-            if version := held["versions"].get(package):
-                facts[package] = (f"the version of {package}", version)
-        for fact, (what, value) in facts.items():
-            other = first.setdefault(fact, (result, value))
-            if other[1] != value:
-                raise UserError(
-                    f"{other[0].path} and {result.path} cannot stand in one table: they differ in "
-                    f"{what}, {other[1]} and {value}; leave one out with --exclude"
-                )
-        cell = (result.algorithm, task, json.dumps(result.variant, sort_keys=True))
-        if (other := cells.setdefault(cell, result)) is not result:
-            raise UserError(
-                f"{other.path} and {result.path} are both {result.algorithm} on {task} under the "
-                "same flags; leave one out with --exclude"
-            )
-
-
-# ------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------------ scores
 
 
 def bootstrap_means(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -234,265 +208,88 @@ def bootstrap_means(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return scores[..., drawn, np.arange(limits)].mean((-2, -1))
 
 
-def interval(means: np.ndarray) -> np.ndarray:
-    """The 95 % interval of bootstrap means, [.., draws] -> [2, ..]: low and high."""
+def interval(scores: np.ndarray) -> np.ndarray:
+    """The 95 % interval of the means of scores, [2, S, K] -> [2, 2]: low and high of each."""
+    means = bootstrap_means(scores, np.random.default_rng(0))
     return np.percentile(means, (2.5, 97.5), axis=-1)
 
 
-@dataclass
-class Entry:
-    """What stands in a cell of a table: a task's result, or the average over a suite's."""
-
-    cell: Cell
-    low: Cell
-    high: Cell
-    safe_runs: int
-    runs: int
-
-
-def entry(results: Sequence[Result]) -> Entry:
-    """The mean over tasks, each the mean over its runs, with its 95 % interval.
-
-    One seed has no interval: its ends are nan.
-    """
-    rng = np.random.default_rng(0)
-    scores = [result.scores() for result in results]
-    low, high = interval(np.mean([bootstrap_means(x, rng) for x in scores], axis=0))
-    if any(x.shape[1] == 1 for x in scores):
-        low, high = np.full((2, 2), np.nan)
-    reward, cost = np.mean([x.mean((1, 2)) for x in scores], axis=0)
-    safe = sum(int((x[1] <= 1).sum()) for x in scores)
-    runs = sum(x[1].size for x in scores)
-    return Entry((float(reward), float(cost)), tuple(low), tuple(high), safe, runs)
-
-
-# ----------------------------------------------------------------------------------------- tables
-
-
-@dataclass
-class Table:
-    """Rows of tasks and averages, columns of methods or of a flag's values."""
-
-    name: str  # of its files
-    title: str
-    columns: dict[str, str]  # key -> heading
-    rows: dict[str, dict[str, Entry]]  # task or average -> key -> ours
-    paper: dict[str, dict[str, Cell]]  # the same of the paper
-    feedback: set[str]  # the keys of methods that learn from feedback
-
-    def best(self, row: dict[str, Cell]) -> dict[str, str]:
-        """Marks of the safe columns with the highest reward, as shown: one of either kind."""
-        marks = {}
-        for mark, kind in ((BEST, self.feedback), (BEST_TRUTH, set(row) - self.feedback)):
-            safe = {key: round(row[key][0], 2) for key in row if key in kind and row[key][1] <= 1}
-            marks |= {key: mark for key, x in safe.items() if x == max(safe.values())}
-        return marks
-
-    def markdown(self, marked: bool, beside: bool = True, intervals: bool = False) -> str:
-        """The table as Markdown: reward / cost, what is safe in bold.
-
-        Args:
-            marked: mark the best safe columns of each row.
-            beside: the paper's numbers in columns beside ours.
-            intervals: 95 % intervals in place of marks and safe runs; without the paper's numbers.
-        """
-        heads, with_paper = ["task"], set()
-        if beside and not intervals:
-            with_paper = {key for row in self.paper.values() for key in row}
-        for key, heading in self.columns.items():
-            heads += [heading] + [f"{heading}: paper"] * (key in with_paper)
-        lines = [heads]
-        for name, row in self.rows.items():
-            told = self.paper.get(name, {})
-            ours = self.best({key: x.cell for key, x in row.items()}) if marked else {}
-            cells = [named(name)]
-            for key in self.columns:
-                ours_text = "—"
-                if key in row and intervals:
-                    ours_text = show_interval(row[key])
-                elif key in row:
-                    x = row[key]
-                    ours_text = show(x.cell, ours.get(key, "")) + f" ({x.safe_runs} of {x.runs})"
-                cells.append(ours_text)
-                if key in with_paper:
-                    cells.append(show(told[key]) if key in told else "—")
-            lines.append(cells)
-        return as_markdown(lines)
-
-    def paper_markdown(self) -> str:
-        """The paper's numbers alone, marked as ours are; empty where it has none."""
-        keys = [key for key in self.columns if any(key in row for row in self.paper.values())]
-        lines = [["task", *(self.columns[key] for key in keys)]]
-        for name, told in self.paper.items():
-            marks = self.best(told)
-            cells = [show(told[key], marks.get(key, "")) if key in told else "—" for key in keys]
-            lines.append([named(name), *cells])
-        return as_markdown(lines) if keys else ""
-
-    def write_csv(self, path: Path) -> None:
-        """One line for each of our cells."""
-        heads = "task,column,reward,reward_low,reward_high,cost,cost_low,cost_high,safe,best,"
-        heads += "safe_runs,runs,paper_reward,paper_cost"
-        with whole_file(path) as part, open(part, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(heads.split(","))
-            for name, row in self.rows.items():
-                best = self.best({key: x.cell for key, x in row.items()})
-                for key, x in row.items():
-                    numbers = [y for i in (0, 1) for y in (x.cell[i], x.low[i], x.high[i])]
-                    told = self.paper.get(name, {}).get(key, ("", ""))
-                    flags = [x.cell[1] <= 1, key in best, x.safe_runs, x.runs]
-                    writer.writerow([name, self.columns[key], *numbers, *flags, *told])
-
-
-def named(row: str) -> str:
-    """A row's heading: averages are in italics."""
-    return f"*{row}*" if row.endswith("average") else row
-
-
-def as_markdown(lines: list[list[str]]) -> str:
-    """A table of cells, the first line its headings."""
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def show(cell: Cell, mark: str = "") -> str:
+def show_mean(scores: np.ndarray) -> str:
     """Reward / cost, in bold where that is safe; a number that is not known is a question mark."""
-    reward, cost = ("?" if x is None else f"{x:.2f}" for x in cell)
-    text = f"{reward} / {cost}"
-    text = f"**{text}**" if cell[1] is not None and cell[1] <= 1 else text
-    return f"{text} {mark}".strip()
+    reward, cost = scores.mean((1, 2))
+    text = " / ".join("?" if np.isnan(x) else f"{x:.2f}" for x in (reward, cost))
+    return f"**{text}**" if cost <= 1 else text
 
 
-def show_interval(x: Entry) -> str:
-    """The intervals of reward and cost."""
-    return " / ".join(f"{x.cell[i]:.2f} [{x.low[i]:.2f}, {x.high[i]:.2f}]" for i in (0, 1))
+def show_runs(scores: np.ndarray) -> str:
+    """The same, and how many runs are safe."""
+    return f"{show_mean(scores)} ({(scores[1] <= 1).sum()} of {scores[1].size})"
 
 
-def with_averages(cells: dict[tuple[str, str], Result]) -> dict[str, dict[str, Entry]]:
-    """Rows of tasks, then of their suite's average where a column has all of the suite's rows."""
-    rows: dict[str, dict[str, Entry]] = {}
-    for name in ("Bullet", "Navigation", "Velocity"):
-        tasks = [t for t in TASKS if suite(t) == name and any(task == t for task, _ in cells)]
-        held = {t: {key: r for (task, key), r in cells.items() if task == t} for t in tasks}
-        rows |= {t: {key: entry([r]) for key, r in row.items()} for t, row in held.items()}
-        whole = set.intersection(*map(set, held.values())) if len(tasks) > 1 else set()
-        if whole:
-            rows[f"{name} average"] = {key: entry([held[t][key] for t in tasks]) for key in whole}
-    return rows
+def show_spread(scores: np.ndarray) -> str:
+    """The means with their intervals, and the worst run's cost."""
+    ends = zip(scores.mean((1, 2)), *interval(scores), strict=True)
+    text = " / ".join(f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in ends)
+    return f"{text}, worst {scores[1].max():.2f}"
 
 
-def paper_cells(rows: Iterable[str], columns: dict[Any, tuple[str, int]]) -> dict:
-    """The paper's numbers for columns that are each a table of its and a position there.
-
-    An average is over the tasks that have a row here, where the paper has all their numbers.
-    """
-    tables = json.loads(PAPER.read_text())["tables"]
-    found: dict[str, dict] = {}
-    for row in rows:
-        tasks = [row]
-        if row.endswith(" average"):
-            tasks = [task for task in rows if task in TASKS and row.startswith(suite(task))]
-        for key, (number, position) in columns.items():
-            held = [tables[number]["rows"].get(task) for task in tasks]
-            numbers = [cells[position] if cells else [None, None] for cells in held]
-            known = all(x is not None for cell in numbers for x in cell)
-            if known or (len(tasks) == 1 and held[0]):
-                cell = np.mean(numbers, axis=0).tolist() if known else numbers[0]
-                found.setdefault(row, {})[key] = tuple(cell)
-    return found
+# ------------------------------------------------------------------------------------------ tables
 
 
-def main_table(results: Sequence[Result]) -> Table | None:
-    """Table 1: every method under the main grid's flags."""
-    grid = [result for result in results if not result.variant]
-    if not grid:
-        return None
-    check_comparable(grid)
-    names = sorted({result.algorithm for result in grid})
-    columns = headings(names)
-    rows = with_averages({(r.task, r.algorithm): r for r in grid})
-    told = json.loads(PAPER.read_text())["tables"]["8"]["columns"]
-    places = {n: ("8", told.index(title(n))) for n in names if title(n) in told}
-    feedback = {r.algorithm for r in grid if "feedback" in r.held["config"]}
-    return Table("table1", "Table 1", columns, rows, paper_cells(rows, places), feedback)
-
-
-def sweep_tables(results: Sequence[Result]) -> list[tuple[str, str, Table]]:
-    """A table for each method and flag that was varied alone, the main grid's value among them."""
-    tables = []
-    told = json.loads(PAPER.read_text())["tables"]
-    swept = sorted({(r.algorithm, *r.variant) for r in results if len(r.variant) == 1})
-    for algorithm, field in swept:
-        mine = [r for r in results if r.algorithm == algorithm and set(r.variant) <= {field}]
-        tasks = {r.task for r in mine if r.variant}
-        mine = [r for r in mine if r.task in tasks]
-        check_comparable(mine)
-        values = sorted({r.value(field) for r in mine}, key=lambda x: (isinstance(x, str), x))
-        columns = {value: str(value) for value in values}
-        rows = with_averages({(r.task, r.value(field)): r for r in mine})
-        heading, places = f"{title(algorithm)}: --{field.replace('_', '-')}", {}
-        for number, table in told.items():
-            if (table.get("flag"), table.get("method")) == (field, title(algorithm)):
-                held = table["values"]
-                places = {x: (number, held.index(x)) for x in values if x in held}
-                heading += f" (the paper's Table {number})"
-        name = f"sweep-{algorithm}-{field.replace('_', '-')}"
-        table = Table(name, heading, columns, rows, paper_cells(rows, places), set())
-        tables.append((algorithm, field, table))
-    return tables
-
-
-def make_folder(flag: str, folder: Path) -> None:
-    """Make a folder, if it is not there.
-
-    Raises:
-        UserError: it cannot be made; names the flag.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{flag} {folder}: cannot be made ({error.strerror}); give a folder that can"
-        ) from None
-
-
-def write_tables(
-    results: Sequence[Result], folder: Path, sweeps_alone: bool = False
-) -> list[tuple[str, str, Table]]:
-    """Print the tables, and write each as Markdown and CSV.
+def make_table(results: Sequence[Result], intervals: bool) -> str:
+    """All results in one table, as Markdown; where they are of one method, its reference first.
 
     Args:
-        results: all of them.
-        folder: where the files go.
-        sweeps_alone: no Table 1.
-
-    Returns:
-        as ``sweep_tables`` does.
+        results: what to show.
+        intervals: with a second table, of 95 % intervals, where there is more than one seed.
 
     Raises:
-        UserError: results that do not belong together, or a folder that cannot be written.
+        UserError: there are no results, or they cannot stand in one table.
     """
-    main, sweeps = None if sweeps_alone else main_table(results), sweep_tables(results)
-    make_folder("--output", folder)
-    for table in [main] * (main is not None) + [table for *_, table in sweeps]:
-        text = f"### {table.title}\n\nNormalised reward / normalised cost; in bold what is safe (a "
-        text += "cost of at most 1), in brackets how many runs are safe."
-        if table is main:
-            text += f" {BEST}: the safe method with the most reward of those that learn from "
-            text += f"feedback; {BEST_TRUTH}: of the others, which see none."
-            text += f"\n\n{table.markdown(marked=True, beside=False)}\n"
-            if told := table.paper_markdown():
-                text += f"\nThe paper's numbers, on its own data.\n\n{told}\n"
-        else:
-            text += " The paper's numbers are on its own data."
-            text += f"\n\n{table.markdown(marked=False)}\n"
-        if any(len(result.held["seeds"]) > 1 for result in results):
-            text += "\nMeans with 95 % intervals, by a stratified bootstrap of the runs: within "
-            text += "each cost limit the seeds are drawn anew.\n\n"
-            text += f"{table.markdown(marked=False, intervals=True)}\n"
-        with whole_file(folder / f"{table.name}.md") as part:
-            part.write_text(text)
-        table.write_csv(folder / f"{table.name}.csv")
-        print(f"\n{text}")
-    return sweeps
+    if not results:
+        raise UserError("there are no evaluated results to make a table of")
+
+    def place(result: Result) -> tuple:
+        values = [(field, isinstance(x, str), x) for field, x in result.change.items()]
+        return titles()[result.algorithm], len(values), values
+
+    check_comparable(results)
+    ours, told = {}, {}
+    if len({result.algorithm for result in results}) == 1:
+        reference = {result.task: result.reference() for result in results if not result.varied}
+        ours["reference"] = {task: x for task, x in reference.items() if x is not None}
+    for result in sorted(results, key=place):
+        ours.setdefault(result.label, {})[result.task] = result.scores()
+        if (numbers := paper(result.name, result.task)) is not None:
+            told.setdefault(result.label, {})[result.task] = numbers
+    tasks = [task for task in TASKS if any(task == result.task for result in results)]
+    columns = list(dict.fromkeys([*tasks, *add_means(ours, tasks), *add_means(told, tasks)]))
+    rows = []
+    for label, row in ours.items():
+        rows += [(label, row, show_runs), ("in the paper", told.get(label, {}), show_mean)]
+    table = as_markdown(columns, rows)
+    if intervals and len(results[0].held["seeds"]) > 1:
+        rows = [(label, row, show_spread) for label, row in ours.items()]
+        table += f"\n\n{INTERVALS}\n\n{as_markdown(columns, rows)}"
+    return table
+
+
+def add_means(rows: dict[str, dict[str, np.ndarray]], tasks: Sequence[str]) -> list[str]:
+    """Give each row that has all tasks of a suite their mean; the names of these columns."""
+    names = []
+    for name in dict.fromkeys(map(suite, tasks)):
+        mine = [task for task in tasks if suite(task) == name]
+        for row in rows.values():
+            if len(mine) > 1 and set(mine) <= row.keys():
+                names.append(f"mean of {len(mine)} {name} tasks")
+                row[names[-1]] = np.concatenate([row[task] for task in mine], 2)
+    return names
+
+
+def as_markdown(columns: Sequence[str], rows: Iterable[tuple[str, dict, Callable]]) -> str:
+    """A table of rows that have scores: their name, scores by column, and how to show them."""
+    lines = [["method and flags", *columns], ["---"] * (1 + len(columns))]
+    for name, scores, show in rows:
+        if scores:
+            lines.append([name, *(show(scores[x]) if x in scores else "—" for x in columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
