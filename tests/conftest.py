@@ -1,18 +1,32 @@
-"""Datasets small enough to know by heart, and a way to run a script as a user does."""
+"""Datasets small enough to know by heart, and ways to run a script as a user does."""
+
+import os
+
+# Before torch is loaded, for the tests and the programs that they start: beside other work one
+# thread is quicker than two, and everything here is small.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import contextlib
 import csv
 import json
+import multiprocessing
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+
+from common import evaluation, simulators
+from common.args import run_main
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
-from common import simulators
-from common.cli import run_main
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,8 +43,37 @@ def at_nobodys_home(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def two_workers_for_all():
+    """Evaluations share two worker processes: to start them takes longer than most tests."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, spawn, initializer=evaluation._start_worker) as pool:
+
+        class Shared(NoWorkers):
+            submit = pool.submit
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "ProcessPoolExecutor", Shared)
+            yield
+
+
+class NoWorkers:
+    """In place of a pool: what is submitted is done at once, in this process."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, function, *arguments):
+        with real_gymnasium():
+            value = function(*arguments)
+        return SimpleNamespace(result=lambda: value)
+
+    def shutdown(self, **_):
+        pass
+
+
 @contextlib.contextmanager
-def real_gymnasium():
+def real_gymnasium() -> Iterator:
     """Gymnasium with every environment; they want the real stdout and stderr, not pytest's."""
     with contextlib.redirect_stdout(sys.__stdout__), contextlib.redirect_stderr(sys.__stderr__):
         yield simulators.import_gymnasium()
@@ -75,18 +118,32 @@ def two_armed(tmp_path: Path) -> Path:
 @pytest.fixture
 def run_script(monkeypatch, capsys):
     """Call a script's main with flags: its exit code, standard output and standard error."""
+    interrupt = signal.getsignal(signal.SIGINT)
 
     def run(main, *flags: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])
         code = 0
         try:
             run_main(main)
         except SystemExit as stop:
             code = stop.code
+        signal.signal(signal.SIGINT, interrupt)  # a run sets its own
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     return run
+
+
+def command(where: Path, script: str | Path, *flags: object, **variables: str):
+    """Run a script of the project as a user does, from another folder: its finished process."""
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, flags)],
+        cwd=where,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture
@@ -94,25 +151,32 @@ def run_of(tmp_path, run_script):
     """Train with a script, unevaluated: rows of metrics.csv, results, what policy.pt holds."""
 
     def run(module, data: Path, *flags: object) -> tuple[list[dict], dict, dict]:
-        name = module.__name__.rpartition(".")[2]
         out = tmp_path / f"runs{len(list(tmp_path.iterdir()))}"
         where = f"--data {data} --output-dir {out} --eval-episodes 0 --device cpu"
         code, _, stderr = run_script(module.main, *where.split(), *flags)
         assert code == 0, stderr
-        (folder,) = (out / name / "BallRun").iterdir()
-        with open(folder / "metrics.csv") as file:
-            rows = list(csv.DictReader(file))
+        folder = only_run(out)
         results = json.loads((folder / "results.json").read_text())
-        return rows, results, torch.load(folder / "policy.pt", weights_only=True)
+        return rows_of(folder), results, torch.load(folder / "policy.pt", weights_only=True)
 
     return run
 
 
-def assert_same_run(whole: Path, part: Path) -> None:
-    """Two runs' folders hold the same metrics, parameters and scores, to the last bit."""
-    assert (part / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
-    first, second = (torch.load(x / "policy.pt", weights_only=True) for x in (whole, part))
-    for key, value in first["parameters"].items():
-        assert torch.equal(value, second["parameters"][key]), key
-    held = [json.loads((x / "results.json").read_text())["runs"] for x in (whole, part)]
-    assert held[0] == held[1]
+def only_run(out: Path) -> Path:
+    """The folder of the one run under an --output-dir."""
+    (folder,) = out.glob("*/*/*")
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv."""
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_refused(done: tuple[int, str, str], *parts: str) -> None:
+    """It ended with exit code 2 and one line on standard error, which holds these parts."""
+    code, _, error = done
+    assert code == 2 and len(error.splitlines()) == 1 and error.startswith("error: "), error
+    for part in parts:
+        assert part in error

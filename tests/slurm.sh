@@ -2,7 +2,7 @@
 # A Slurm cluster of one node, this machine, for as long as a command runs:
 #
 #     apt-get install slurm-wlm munge        # Debian; then, as root
-#     tests/slurm.sh python common/benchmark.py --launcher slurm --partition main ...
+#     tests/slurm.sh python common/tools/benchmark.py --launcher "srun --partition=main" ...
 #
 # Controller, node daemon and authentication all live in a folder of their own, which goes with them.
 set -euo pipefail

@@ -1,0 +1,70 @@
+"""The small tools: a policy scored again, pairs to be labelled, and the measurement of speed."""
+
+from algorithms import presa
+from common.dataset import load_dataset
+from common.tools import evaluate, pairs, speed
+from tests.conftest import assert_refused, only_run
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture
+def saved(two_armed, tmp_path, run_script):
+    """The policy.pt of a run that was not evaluated."""
+    flags = f"--data {two_armed} --num-pairs 100 --bc-steps 5 --steps 5 --hidden-size 8 "
+    flags += f"--eval-episodes 0 --device cpu --cost-limits 20 40 --output-dir {tmp_path}/out"
+    code, _, error = run_script(presa.main, *flags.split())
+    assert code == 0, error
+    return only_run(tmp_path / "out") / "policy.pt"
+
+
+def test_a_policy_that_was_never_evaluated_is_scored(saved, run_script):
+    code, out, error = run_script(evaluate.main, saved, "--episodes", 3)
+    assert code == 0, error
+    assert "of 2 runs safe  (seeds 0 × limits 20, 40; data file)" in out.splitlines()[-1]
+
+
+def test_a_saved_thing_that_is_no_policy_is_refused(saved, tmp_path, run_script):
+    held = torch.load(saved, weights_only=True)
+    path = tmp_path / "policy.pt"
+    for content in (None, b"", b"no policy", b"PK\x03\x04"):
+        if content is not None:
+            path.write_bytes(content)
+        assert_refused(run_script(evaluate.main, path), f"{path}: ")
+    for thing in ([1], {"task": "BallRun"}, {**held, "parameters": None}):
+        torch.save(thing, path)
+        assert_refused(run_script(evaluate.main, path), f"{path}: ")
+    torch.save({**held, "env_id": "mine:Mine-v0"}, path)
+    assert_refused(run_script(evaluate.main, path), "give --env-id mine:Mine-v0 if you trust it")
+
+
+def test_pairs_are_labelled_by_the_data_and_serve_training_as_they_are(
+    two_armed, tmp_path, run_script
+):
+    path = tmp_path / "pairs.npz"
+    flags = ["--data", two_armed, "--output", path, "--num-pairs", 50, "--cost-limit", 10]
+    code, out, error = run_script(pairs.main, *flags)
+    assert code == 0, error
+    assert "50 pairs of segments of 20 steps" in out
+    file = dict(np.load(path))
+    assert file["segment_starts"].shape == file["safe_label"].shape == (50, 2)
+    flags = f"--data {two_armed} --cost-limits 10 --bc-steps 2 --steps 2 --eval-episodes 0 "
+    flags += f"--device cpu --output-dir {tmp_path}"
+    seen = {}
+    for name, more in (("made", ["--num-pairs", 50]), ("loaded", ["--feedback", path])):
+        out = tmp_path / name
+        code, _, error = run_script(presa.main, *flags.split(), *more, "--output-dir", out)
+        assert code == 0, error
+        seen[name] = torch.load(only_run(out) / "policy.pt", weights_only=True)["parameters"]
+    for key, value in seen["made"].items():
+        assert torch.equal(value, seen["loaded"][key]), "the same pairs, the same policy"
+    assert_refused(run_script(pairs.main, "--output", tmp_path), "must be a file")
+
+
+def test_what_speed_measures_runs():
+    dataset = load_dataset(speed.TASK, "bundled")
+    assert 0 < speed.presa_step("--bc-steps 1 --steps 8 --num-pairs 100") < 1000
+    for step in (speed.products(2), speed.usual_presa(dataset, 2)):
+        assert 0 < speed.timed(speed.Args(steps=5), step) < 1000
