@@ -17,7 +17,7 @@ from pathlib import Path
 
 from algorithms import binary_alignment, presa
 from common.dataset import file_sha256
-from common.results import Run
+from common.results import Run, summary
 from tests.conftest import (
     ROOT,
     assert_refused,
@@ -122,6 +122,14 @@ def test_same_command_same_results_and_a_policy_without_pickled_code(
     assert first["parameters"]["hidden1.weight"].shape == (6, 32, 7)
     for name, value in first["parameters"].items():
         assert torch.equal(value, second["parameters"][name])
+
+
+def test_the_last_line_counts_the_runs_that_are_safe():
+    path = ROOT / "common" / "measured" / "quickstart" / "presa-BallRun-seed0.json"
+    held = json.loads(path.read_text())
+    for run, cost in zip(held["runs"], (1.0, 1.1, 0.3), strict=True):
+        run["normalized_cost"] = cost
+    assert "cost 0.80  2 of 3 runs safe  (" in summary(held, {}).splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------- cut off
