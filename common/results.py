@@ -358,7 +358,8 @@ def _draw(results: dict[str, Any], path: Path) -> None:
         axis.set(xlabel="gradient steps (dotted: pretraining stops)", ylabel=f"normalised {name}")
     axes[1].axhline(1, color="black", linestyle=":", linewidth=1)
     axes[0].legend(fontsize=8)
-    told = f"seeds {', '.join(map(str, seeds))}: mean and range"
+    told = f"seed{'s'[: len(seeds) > 1]} {', '.join(map(str, seeds))}"
+    told += ": mean and range" if len(seeds) > 1 else ""
     source = results["data"]["source"]
     figure.suptitle(f"{results['algorithm']} on {results['task']}, data {source}, {told}")
     with whole_file(path) as part:
