@@ -33,7 +33,7 @@ LIMITS = """
 
 
 def segment_costs(dataset: Dataset, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of every segment of L = ``length`` steps the summed cost, and its whole episode's.
+    """Summed cost of every segment of L = ``length`` steps, and its whole episode's.
 
     Both are [valid starts]: a segment lies within one episode.
     """

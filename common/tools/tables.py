@@ -65,12 +65,12 @@ class Result:
         return self.label if self.varied else titles()[self.algorithm]
 
     def scores(self) -> np.ndarray:
-        """Of the last policies."""
+        """Scores of the last policies."""
         scores = [[run[x] for run in self.held["runs"]] for x in SCORES]
         return np.array(scores).reshape(2, len(self.held["seeds"]), -1)
 
     def reference(self) -> np.ndarray | None:
-        """Of the policies when pretraining stopped; None: there was none."""
+        """Scores of the policies when pretraining stopped; None: there was none."""
         curve = self.held.get("curve", {"step": [], "stage_ends": 0})
         if curve["stage_ends"] not in curve["step"]:
             return None
