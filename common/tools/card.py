@@ -86,10 +86,11 @@ def card(task: Task, dataset: Dataset, limits: Sequence[float], length: int) -> 
         # "Above half of the best" says nothing where the best is not positive.
         half = (returns > best / 2).sum() if best > 0 else "-"
         safe, unsafe_origin = label_shares(dataset, task.horizon, limit, length)
+        within = f"{best:.6g}" if len(returns) else "-"
         kept = f"{len(returns)} ({len(returns) / len(lengths):.1%})"
         lines.append(
             f"{limit:8g}{limit * length / task.horizon:11.4g}{kept:>15}{safe:10.1%}"
-            f"{unsafe_origin:16.1%}{best:13.6g}{half:>12}"
+            f"{unsafe_origin:16.1%}{within:>13}{half:>12}"
         )
     return "\n".join(lines)
 
