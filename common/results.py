@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 VERSIONED = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "pybullet")
-BAR = "{desc}  {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} steps, {remaining} left"
+BAR = "{desc}  {n_fmt}/{total_fmt}, {remaining} left"
 KEPT = ("step", "stage", "rows", "pending", "means", "scores", "curve")  # by a checkpoint
 
 
@@ -199,6 +199,7 @@ class Run:
         try:
             held = torch.load(path, weights_only=True, map_location="cpu")
         except Exception:  # what unpickling a damaged file raises is anyone's guess
+            self._end()
             raise UserError(f"--resume {self.folder}: its {path.name} cannot be read") from None
         _put_back(state, held["state"])
         vars(self).update({name: held[name] for name in KEPT})
