@@ -23,7 +23,7 @@ from torch import Tensor
 
 VERSIONED = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "pybullet")
 BAR = "{desc}  {n_fmt}/{total_fmt}, {remaining} left"
-KEPT = ("step", "stage", "rows", "pending", "means", "scores", "curve")  # by a checkpoint
+KEPT = ("step", "stage", "rows", "columns", "pending", "means", "scores", "curve")  # in checkpoints
 
 
 class Run:
@@ -154,11 +154,11 @@ class Run:
         return [{name: x[r] for name, x in full.items()} for r in range(len(self.runs))]
 
     def _write(self, stage: str, step: int, values: list[dict[str, Any]]) -> None:
-        """Append a row a run to metrics.csv; a new column has the file written anew."""
+        """Append a row a run to metrics.csv; a new column, or no row, has the file written anew."""
         new = [{"step": step, "stage": stage, **self.runs[r], **x} for r, x in enumerate(values)]
         self.rows += new
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        anew, self.columns = columns != self.columns, columns
+        columns = list(dict.fromkeys([*self.columns, *(name for row in new[:1] for name in row)]))
+        anew, self.columns = columns != self.columns or not new, columns
         with open(self.folder / "metrics.csv", "w" if anew else "a", newline="") as file:
             writer = csv.DictWriter(file, columns)
             if anew:
@@ -204,7 +204,6 @@ class Run:
         _put_back(state, held["state"])
         vars(self).update({name: held[name] for name in KEPT})
         self.started = time.time() - held["seconds"]
-        self.columns = []
         self._write("", 0, [])  # metrics.csv anew, without what was logged after the checkpoint
         self.bar.update(self.step - self.bar.n)
         return self.step
