@@ -83,7 +83,7 @@ def main() -> None:
     task = get_task(args.task, args.env_id)
     device = get_device(args.device)
     dataset = load_dataset(task, args.data)
-    limits = get_cost_limits(task, dataset, args.cost_limits)
+    limits = get_cost_limits(task, args.cost_limits)
     observations = torch.from_numpy(dataset.observations).to(device)
     actions = torch.from_numpy(dataset.actions).to(device)
     policies, generators = [], []

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.args import OutputArgs, TaskArgs, UserError, get_device, parse_args, run_main
-from common.dataset import get_cost_limits, load_dataset
+from common.dataset import get_cost_limits, load_dataset, within
 from common.results import Run
 from common.tasks import get_task
 
@@ -83,13 +83,13 @@ def main() -> None:
     task = get_task(args.task, args.env_id)
     device = get_device(args.device)
     dataset = load_dataset(task, args.data)
-    limits = get_cost_limits(task, dataset, args.cost_limits)
+    limits = get_cost_limits(task, args.cost_limits)
     seed_of = torch.arange(len(args.seeds), device=device).repeat_interleave(len(limits))  # [R]
     low, least = min(limits), dataset.episode_costs.min()
-    if low < least:
+    if not within(least, low):
         raise UserError(f"--cost-limits {low:g}: give a larger limit; the lowest cost is {least:g}")
     lengths = dataset.episode_ends - dataset.episode_starts
-    safe = [np.repeat(dataset.episode_costs <= limit, lengths) for limit in limits]  # [N] each
+    safe = [np.repeat(within(dataset.episode_costs, x), lengths) for x in limits]  # [N] each
     imitated = [torch.from_numpy(np.flatnonzero(x)).to(device) for x in safe] * len(args.seeds)
     observations = torch.from_numpy(dataset.observations).to(device)
     actions = torch.from_numpy(dataset.actions).to(device)

@@ -11,7 +11,7 @@ desirable segments from the others. That is PreSa's safety term alone, with othe
 
     paper          here                    meaning
     sigma          segment                 L consecutive steps (s_t, a_t) of one episode
-    y              safe_label              +1 safe and preferred, -1 else; 0: its pair is left out
+    y              safe_label              +1 safe and preferred, -1 else; 0: no telling
     log pi(a|s)    log_prob                -|pi(s) - a|^2, a Gaussian of fixed variance (B.4)
     psi / beta     score, Psi above        sum_t gamma^t log pi(a_t|s_t) / pi_ref(a_t|s_t) (eq. 7)
     z_ref          z_ref                   reference point: the batch's mean of beta * score
@@ -128,7 +128,7 @@ def reference_point(score: Tensor, safe_label: Tensor, beta: float) -> Tensor:
 
     It says where the scores lie by now. With a gradient, all scores could fall together at no loss.
     """
-    has_label = safe_label.abs()  # 0 where --filter-preferences leaves the pair out
+    has_label = safe_label.abs()  # 0 where nobody can tell, or the pair is left out
     return beta * (score.detach() * has_label).sum() / has_label.sum().clamp(min=1)  # eq. 7
 
 

@@ -47,7 +47,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.args import OutputArgs, TaskArgs, UserError, get_device, parse_args, run_main
-from common.dataset import Dataset, get_cost_limits, load_dataset
+from common.dataset import Dataset, get_cost_limits, load_dataset, within
 from common.results import Run
 from common.tasks import Task, get_task
 
@@ -251,11 +251,11 @@ def to_go(dataset: Dataset, x: np.ndarray) -> np.ndarray:
 
 def within_limit(costs: np.ndarray, limit: float) -> np.ndarray:
     """Which episodes cost no more than the limit, [E]; the cheapest tenth where none does."""
-    within = costs <= limit
-    if not within.any():
+    safe = within(costs, limit)
+    if not safe.any():
         print(f"note: no episode counts as within {limit:g}; the cheapest tenth stands for them")
-        within = costs <= np.quantile(costs, 0.1)
-    return within
+        safe = costs <= np.quantile(costs, 0.1)
+    return safe
 
 
 # The returns aimed at under DSRL's three limits, on DSRL's own data (CDT's authors)
@@ -323,7 +323,7 @@ def main() -> None:
     task = get_task(args.task, args.env_id)
     device = get_device(args.device)
     dataset = load_dataset(task, args.data)
-    limits = get_cost_limits(task, dataset, args.cost_limits)
+    limits = get_cost_limits(task, args.cost_limits)
     returns = get_target_returns(task, dataset, limits, args.target_returns)
     inits = [init_parameters(seed, task, args) for seed in args.seeds]
     parameters = {

@@ -45,7 +45,7 @@ from common.args import (
     run_main,
     whole_file,
 )
-from common.dataset import Dataset, load_dataset
+from common.dataset import Dataset, load_dataset, within
 from common.feedback import Feedback, get_feedback
 from common.results import Run
 from common.tasks import Task, get_task
@@ -267,11 +267,11 @@ def to_go(dataset: Dataset, x: np.ndarray) -> np.ndarray:
 
 def within_limit(costs: np.ndarray, limit: float) -> np.ndarray:
     """Which episodes cost no more than the limit, [E]; the cheapest tenth where none does."""
-    within = costs <= limit
-    if not within.any():
+    safe = within(costs, limit)
+    if not safe.any():
         print(f"note: no episode counts as within {limit:g}; the cheapest tenth stands for them")
-        within = costs <= np.quantile(costs, 0.1)
-    return within
+        safe = costs <= np.quantile(costs, 0.1)
+    return safe
 
 
 # ---------------------------------------------------------------------- reward and cost models
@@ -306,7 +306,7 @@ def predict(p: Params, observation: Tensor, action: Tensor) -> tuple[Tensor, Ten
 
 
 def cost_direction(feedback: Feedback, device: torch.device) -> Tensor:
-    """+1 where the preferred segment of a pair costs more, -1 where less, else 0: [S, P].
+    """+1 where the preferred segment of a pair costs more, -1 where less, else 0: [R, P].
 
     Raises:
         UserError: nobody was asked.
@@ -318,8 +318,8 @@ def cost_direction(feedback: Feedback, device: torch.device) -> Tensor:
         )
     preferred = feedback.preference == 1  # where it stands, 0 or 1, as in feedback.tensors
     direction = np.where(feedback.cost_preference == preferred, 1, -1)
-    direction = np.where(feedback.cost_preference < 0, 0, direction)
-    return torch.from_numpy(np.float32(direction)).to(device)
+    direction = np.where(feedback.cost_preference < 0, 0, direction)  # [S, K, P]
+    return torch.from_numpy(np.float32(direction)).flatten(0, 1).to(device)
 
 
 def model_loss(
@@ -533,8 +533,7 @@ def main() -> None:
         raise UserError(f"--feedback {args.feedback}: at a limit no pair has a preference")
     direction = torch.zeros_like(has_preference)  # [R, P]
     if args.cost_feedback == "pairs-and-labels":
-        direction += cost_direction(feedback, device).repeat_interleave(len(limits), 0)
-        direction *= safe_label[..., 0].abs()  # 0 where --filter-preferences leaves the pair out
+        direction += cost_direction(feedback, device)
     observations = torch.from_numpy(dataset.observations).to(device)
     actions = torch.from_numpy(dataset.actions).to(device)
     runs = [(seed, limit) for seed in args.seeds for limit in limits]

@@ -125,6 +125,7 @@ def unified_preference(safe_label: Tensor, has_preference: Tensor) -> tuple[Tens
     where nobody said which is. Returns the labels with the preferred one first, where it stood
     (0 or 1) and where the other, [..., 2] both, and has_preference after merging.
     """
+    safe_label = safe_label * safe_label.prod(-1, keepdim=True).abs()  # one label says nothing
     safe_label, order = safe_label.sort(dim=-1, descending=True, stable=True)  # if alike, as is
     differ = (safe_label[..., 0] != safe_label[..., 1]).float()
     return safe_label, order, torch.maximum(has_preference, differ)

@@ -1,11 +1,19 @@
 """What every method must share to be compared fairly: data, feedback, evaluation, results.
 
 A script imports from here before it imports torch, which reads this once: how long its threads
-spin while they wait for each other. The default is thirty times as long, and beside other programs
-training then takes four times as long as on an idle machine, in place of two and a half.
+spin while they wait for each other. The default is thirty times as long, which costs a multiple of
+the time beside other programs.
 """
 
 import os
+import sys
+import tempfile
 
+if os.path.expanduser("~") == "~":  # a user without a home, as in some containers
+    os.environ["HOME"] = tempfile.gettempdir()
+for number, name in enumerate(("stdin", "stdout", "stderr")):
+    if getattr(sys, name) is None:  # closed; or a pipe of ours would get its number
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -8,7 +8,10 @@ import dataclasses
 import difflib
 import json
 import math
+import multiprocessing
 import os
+import secrets
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,6 +35,10 @@ class TrainingError(Exception):
     """A run that cannot go on, such as one with a non-finite loss."""
 
     code = 1
+
+
+# What people can mend, the system's refusals among them (a full disk, no memory), in one sentence.
+ENDINGS = (UserError, TrainingError, OSError, MemoryError, KeyboardInterrupt)
 
 
 @dataclass
@@ -94,6 +101,10 @@ class OutputArgs:
     """folder of a run that was cut off: go on with it, under the flags it was started with"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline works)"""
+    wandb_project: str = "presa"
+    """the project there, in which each seed at each limit is a run"""
+    wandb_group: str | None = None
+    """the group of these runs; default: <algorithm>/<task>"""
 
 
 def parse_args(args_class: type[ArgsT], argv: list[str] | None = None, **ranges: Any) -> ArgsT:
@@ -105,16 +116,23 @@ def parse_args(args_class: type[ArgsT], argv: list[str] | None = None, **ranges:
     Raises:
         UserError: a number is out of its range, or there is no run to resume.
     """
-    args = tyro.cli(args_class, args=argv)
-    folder = getattr(args, "resume", None)
-    if folder is not None:
-        if args != dataclasses.replace(tyro.cli(args_class, args=[]), resume=folder):
+    argv = sys.argv[1:] if argv is None else argv
+    args = given = tyro.cli(args_class, args=argv)
+    if folder := getattr(given, "resume", None):
+        names = {word.partition("=")[0].replace("_", "-") for word in argv if word[:2] == "--"}
+        if names - {"--resume", "--env-id"}:
             raise UserError("--resume: give it alone; the run goes on under its own flags")
         try:
-            flags = json.loads((folder / "config.json").read_text())["flags"]
-        except (OSError, ValueError, KeyError):
+            flags = list(map(str, json.loads((folder / "config.json").read_text())["flags"]))
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"--resume {folder}: is not the folder of a run") from None
         args = dataclasses.replace(tyro.cli(args_class, args=flags), resume=folder)
+        if args.env_id != given.env_id:  # a file may not choose whose code is run
+            right = f"with --env-id {args.env_id}, if you trust it" if args.env_id else "alone"
+            raise UserError(f"--resume {folder}: give it {right}")
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, value.expanduser())
     check_numbers(args, **ranges)
     return args
 
@@ -133,7 +151,7 @@ def check_numbers(
     Raises:
         UserError: names the first flag that is out of its range.
     """
-    seeds = getattr(args, "seeds", (0,))
+    seeds = getattr(args, "seeds", (getattr(args, "seed", 0),))
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
         raise UserError("--seeds: give one or more different whole numbers, none negative")
     for name, value in dataclasses.asdict(args).items():
@@ -171,13 +189,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to; it becomes ``path`` afterwards, or nothing is left if writing fails."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # nobody else writes to it
     try:
         yield part
         os.replace(part, path)
-    except BaseException:
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
         part.unlink(missing_ok=True)
-        raise
 
 
 def progress_bar(**settings: Any) -> tqdm:
@@ -186,14 +205,41 @@ def progress_bar(**settings: Any) -> tqdm:
     return tqdm(dynamic_ncols=True, mininterval=seconds, **settings)
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Call ``main``; a :class:`UserError` becomes one line on stderr and exit code 2.
+def printable(text: object) -> str:
+    """Text of a file, for a terminal: control characters, which it would obey, are spelt out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
-    A :class:`TrainingError` ends with exit code 1. Anything else is a defect of the program and
-    keeps its traceback.
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call ``main``; one of ``ENDINGS`` becomes one line on stderr.
+
+    The exit code is 2 of a :class:`UserError`, 130 of Ctrl-C and SIGTERM, else 1. Anything else is
+    a defect of the program and keeps its traceback. No worker process outlives an error.
     """
+    endings = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt(*_: Any) -> None:
+        for number in endings:
+            signal.signal(number, signal.SIG_IGN)  # once is enough
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, 1.5)  # is the end, whatever is left to do then
+        raise KeyboardInterrupt("interrupted")
+
+    for number in endings:
+        signal.signal(number, interrupt)
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may not know all letters
     try:
         main()
-    except (UserError, TrainingError, KeyboardInterrupt) as error:
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
-        sys.exit(getattr(error, "code", 130))
+        sys.stdout.flush()
+    except BaseException as error:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        if isinstance(error, BrokenPipeError):  # such as `| head -1`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        elif isinstance(error, ENDINGS) or "allocate" in str(error):  # torch's want of memory
+            for bar in tuple(tqdm._instances):  # ends its line
+                bar.close()
+            print(f"error: {printable(error) or type(error).__name__}", file=sys.stderr)
+        else:
+            raise
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1))

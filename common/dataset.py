@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from common.args import UserError
 from common.download import Offline, fetch
@@ -60,6 +61,11 @@ class Dataset:
         return np.add.reduceat(self.costs, self.episode_starts)
 
 
+def within(cost: Any, limit: Any) -> Any:
+    """Whether costs keep a limit, up to the rounding of sums of single-precision numbers."""
+    return cost <= limit * (1 + 1e-6)
+
+
 def find_dataset(task: Task, data: str) -> tuple[str, Path]:
     """Turn ``--data auto | dsrl | bundled | PATH`` into a source and an existing file.
 
@@ -69,7 +75,7 @@ def find_dataset(task: Task, data: str) -> tuple[str, Path]:
     Raises:
         UserError: there is no such file, or it cannot be had.
     """
-    bundled = BUNDLED / f"Safety{task.name}.hdf5"
+    data, bundled = os.path.expanduser(data), BUNDLED / f"Safety{task.name}.hdf5"
     if task.suite == "own" and data in ("auto", "dsrl", "bundled"):
         raise UserError(f"--data: an environment of your own needs --data PATH, not {data}")
     if data in ("auto", "dsrl"):
@@ -82,7 +88,9 @@ def find_dataset(task: Task, data: str) -> tuple[str, Path]:
             return "bundled", bundled
     if data == "bundled" and bundled.is_file():
         return "bundled", bundled
-    if data == "bundled" or not os.path.isfile(data):
+    if data == "bundled":
+        raise UserError(f"--data bundled: there is none of {task.name}; give auto, dsrl or a file")
+    if not os.path.isfile(data):
         raise UserError(f"--data {data}: no such file; give auto, dsrl, bundled or an HDF5 file")
     return "file", Path(data).resolve()
 
@@ -132,14 +140,13 @@ def episodes(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(([0], ends[:-1])), ends
 
 
-DTYPES = {
+NUMBERS = {
     "observations": np.float32,
     "actions": np.float32,
     "rewards": np.float64,  # exact sums: labels and ties must not hang on rounding
     "costs": np.float64,
-    "terminals": np.bool_,
-    "timeouts": np.bool_,
 }
+KEYS = (*NUMBERS, "terminals", "timeouts")  # the last two are set where not 0
 
 
 def read_arrays(path: Path, task: Task) -> dict[str, np.ndarray]:
@@ -152,13 +159,17 @@ def read_arrays(path: Path, task: Task) -> dict[str, np.ndarray]:
     try:
         # Every chunk is read once: h5py's cache of 8 MiB a key would hold them for nothing.
         with h5py.File(path, "r", rdcc_nbytes=0) as file:
-            missing = [key for key in DTYPES if not isinstance(file.get(key), h5py.Dataset)]
+            missing = [key for key in KEYS if not isinstance(file.get(key), h5py.Dataset)]
             if missing:
                 raise UserError(f"{where}: it lacks {', '.join(missing)}")
-            arrays = {key: _read(key, file[key], task, where) for key in DTYPES}
+            for key in KEYS:  # such a file's SHA-256 would not be that of its numbers
+                held = file[key]
+                if held.is_virtual or held.external or held.file.filename != file.filename:
+                    raise UserError(f"{where}: {key} lies in another file; copy it into this one")
+            arrays = {key: _read(key, file[key], task, where) for key in KEYS}
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable HDF5 file ({reason})") from None
+        raise UserError(f"{path}: cannot be read as HDF5 ({reason})") from None
     rows = {key: len(array) for key, array in arrays.items()}
     if len(set(rows.values())) > 1 or not all(rows.values()):
         counts = ", ".join(f"{key} {n}" for key, n in rows.items())
@@ -176,19 +187,15 @@ def read_arrays(path: Path, task: Task) -> dict[str, np.ndarray]:
 
 def _read(key: str, held: h5py.Dataset, task: Task, where: str) -> np.ndarray:
     """One array, checked."""
-    dtype, dimension = DTYPES[key], None
-    if key in ("observations", "actions"):
-        dimension = task.observation_dim if key == "observations" else task.action_dim
+    dimension = {"observations": task.observation_dim, "actions": task.action_dim}.get(key)
     form, shape = f"[N, {dimension}]" if dimension else "[N] or [N, 1]", held.shape or ()
     if shape[1:] not in (((dimension,),) if dimension else ((), (1,))) or not shape:
         raise UserError(f"{where}: {key} has shape {list(shape)}, not {form}")
     if held.dtype.kind not in "fiub":
         raise UserError(f"{where}: {key} holds {held.dtype}, not numbers")
-    if dtype is np.bool_ or held.dtype.kind != "f":
-        array = held[()]
-    else:  # converted while it is read, so that it is never held twice
-        array = np.empty(shape, dtype)
-        held.read_direct(array)
+    # Converted while it is read, so that it is never held twice.
+    dtype = NUMBERS.get(key, np.float32)
+    array = (held if held.dtype.kind == "b" else held.astype(dtype))[()]
     # The extremes tell of nan and inf in one pass, without an array of answers.
     low, high = (array.min(), array.max()) if array.size else (0, 0)
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -196,17 +203,13 @@ def _read(key: str, held: h5py.Dataset, task: Task, where: str) -> np.ndarray:
         raise UserError(f"{where}: {key} is not finite, first in row {row}")
     if key == "costs" and low < 0:
         raise UserError(f"{where}: a cost is negative")
-    array = array != 0 if dtype is np.bool_ else array.astype(dtype, copy=False)
+    array = array.astype(dtype, copy=False) if key in NUMBERS else array != 0
     return array if dimension else array.reshape(-1)
 
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def reward_range(task: Task, dataset: Dataset) -> tuple[float, float]:
@@ -221,27 +224,16 @@ def reward_range(task: Task, dataset: Dataset) -> tuple[float, float]:
     return low, high if high > low else low + 1  # all alike, such as 0, where nobody wrote rewards
 
 
-def suggested_limits(dataset: Dataset) -> tuple[float, ...]:
-    """Three cost limits that a tenth, a quarter and a half of the episodes keep."""
-    quantiles = np.quantile(dataset.episode_costs, (0.1, 0.25, 0.5), method="higher")
-    return tuple(sorted({float(x) for x in quantiles}))
-
-
-def get_cost_limits(
-    task: Task, dataset: Dataset, asked: tuple[float, ...] | None
-) -> tuple[float, ...]:
+def get_cost_limits(task: Task, asked: tuple[float, ...] | None) -> tuple[float, ...]:
     """The limits asked for, else the task's.
 
     Raises:
-        UserError: they are no limits, or a task of one's own has none: the sentence suggests some.
+        UserError: they are no limits, or a task of one's own has none.
     """
     limits = task.cost_limits if asked is None else asked
     if asked is None and not limits:
-        offer = " ".join(f"{x:g}" for x in suggested_limits(dataset))
-        raise UserError(
-            f"--cost-limits: say what counts as unsafe in {task.name}; a tenth, a quarter and a "
-            f"half of the episodes in {dataset.path} stay within --cost-limits {offer}"
-        )
+        how = "common/tools/card.py shows what its episodes cost, and suggests some"
+        raise UserError(f"--cost-limits: say what counts as unsafe in {task.name}; {how}")
     if not limits or len(set(limits)) < len(limits) or not all(0 <= x < math.inf for x in limits):
         raise UserError("--cost-limits: give one or more different finite numbers, 0 or more")
     return limits

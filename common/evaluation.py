@@ -5,20 +5,23 @@ units of a few at a time, each unit by one worker process that steps its environ
 forward pass. A unit is the same whatever the number of workers, and so are the numbers.
 """
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common.args import UserError
-from common.simulators import check_installed, environments, import_gymnasium
+from common.args import TrainingError, UserError
+from common.simulators import check_installed, environments, import_gymnasium, reset, step, to_box
 from common.tasks import Task
 
 import numpy as np
@@ -71,9 +74,10 @@ class Evaluator:
         self.task, self.algorithm, self.episodes = task, algorithm, episodes
         workers = min(cpu_cores(), policies * -(-episodes // EPISODES_PER_UNIT))
         spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
-        for _ in range(workers):  # so that all of them start now and import while training goes on
-            self.pool.submit(_import_simulators)
+        self.pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker)
+        with no_interrupts():
+            for _ in range(workers):  # so that all start now and import while training goes on
+                self.pool.submit(_import_simulators)
 
     def play(
         self, config: dict, parameters: dict[str, torch.Tensor], seeds: list[int]
@@ -82,23 +86,26 @@ class Evaluator:
 
         ``parameters`` are [policies, ...] each, as many policies for each training seed, seed by
         seed; the seed fixes those of its episodes. ``config`` is the run's, for ``load_policy``.
+
+        Raises:
+            TrainingError: a policy or the environment failed.
         """
         arrays = {name: p.detach().cpu().numpy() for name, p in parameters.items()}
         policies = len(next(iter(arrays.values())))
         units = []
-        for p in range(policies):
-            policy = config, {name: array[p] for name, array in arrays.items()}
-            seed = seeds[p * len(seeds) // policies]
-            episodes = [episode_seed(seed, e) for e in range(self.episodes)]
-            for first in range(0, self.episodes, EPISODES_PER_UNIT):
-                unit = *policy, episodes[first : first + EPISODES_PER_UNIT]
-                units.append(self.pool.submit(_play_unit, self.task, self.algorithm, *unit))
-        played = np.concatenate([unit.result() for unit in units], axis=1)
+        try:
+            for p in range(policies):
+                policy = config, {name: array[p] for name, array in arrays.items()}
+                seed = seeds[p * len(seeds) // policies]
+                episodes = [episode_seed(seed, e) for e in range(self.episodes)]
+                for first in range(0, self.episodes, EPISODES_PER_UNIT):
+                    unit = *policy, episodes[first : first + EPISODES_PER_UNIT]
+                    units.append(self.pool.submit(_play_unit, self.task, self.algorithm, *unit))
+            played = np.concatenate([unit.result() for unit in units], axis=1)
+        except BrokenProcessPool:
+            cause = "it was killed, or lacked memory, or the environment ended it"
+            raise TrainingError(f"a process that plays {self.task.name} is gone: {cause}") from None
         return played.reshape(2, policies, self.episodes)
-
-    def close(self) -> None:
-        """End the workers."""
-        self.pool.shutdown(cancel_futures=True)
 
 
 def cpu_cores() -> int:
@@ -111,9 +118,23 @@ def episode_seed(seed: int, episode: int) -> int:
     return int(np.random.SeedSequence((seed, episode)).generate_state(1)[0])
 
 
-def _start_worker() -> None:
+@contextlib.contextmanager
+def no_interrupts() -> Iterator[None]:
+    """Let processes started meanwhile never hear Ctrl-C: the script ends them, and it is at once.
+
+    They inherit the signal's being blocked, which holds from their first moment on.
+    """
+    resource_tracker.ensure_running()  # whose start would unblock it again
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def start_worker() -> None:
+    """Make this process one that plays: quiet, on one thread, and gone with the script."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the script itself ends on Ctrl-C, once
     # The simulators greet on stdout, from C too; a worker has nothing to say there.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     threading.Thread(target=_end_with_the_run, daemon=True).start()
@@ -142,7 +163,7 @@ def load_script(algorithm: str) -> ModuleType:
     Raises:
         UserError: there is no such file in ``algorithms/``.
     """
-    files = {path.stem: path for path in sorted(ALGORITHMS.glob("*.py"))}
+    files = {path.stem: path for path in sorted(ALGORITHMS.glob("[!_]*.py"))}
     if algorithm not in files:
         raise UserError(f"{algorithm}: no such file in algorithms/; it has {', '.join(files)}")
     name = f"algorithms.{algorithm}"
@@ -159,28 +180,22 @@ def play(task: Task, act: Callable[[np.ndarray], np.ndarray], seeds: list[int]) 
 
     ``act`` maps observations [n, .] to actions [n, .] in [-1, 1]; if it has a method ``observe``,
     that is told each step's rewards and costs, [n] each (0 where an episode has ended).
-
-    A Bullet environment ignores ``reset(seed=...)`` and draws from the global ``np.random``, only
-    while it resets, so that is seeded there.
     """
-    low, high = np.float32(task.action_low), np.float32(task.action_high)
-    centre, half = (low + high) / 2, (high - low) / 2
     played = np.zeros((2, len(seeds)))
     observe = getattr(act, "observe", lambda rewards, costs: None)
     with torch.inference_mode(), environments(task.env_id, len(seeds)) as envs:
-        observations = []
-        for env, seed in zip(envs, seeds, strict=True):
-            np.random.seed(seed)
-            observations.append(env.reset(seed=seed)[0])
+        observations = [reset(env, seed) for env, seed in zip(envs, seeds, strict=True)]
         running = list(range(len(envs)))
         while running:
             # Finished episodes stay in the batch: the pass keeps its shape, hence its rounding.
-            actions = act(np.asarray(observations, np.float32))
-            actions = (centre + half * actions).clip(low, high)  # exact where the box is [-1, 1]
+            actions = act(np.stack(observations))
+            if not np.isfinite(actions).all():
+                raise TrainingError("the policy's actions are not finite: it has diverged")
+            actions = to_box(actions, envs[0].action_space)
             brought = np.zeros((2, len(envs)))
             for i in tuple(running):
-                observations[i], reward, terminated, truncated, info = envs[i].step(actions[i])
-                brought[:, i] = reward, info["cost"]
+                observations[i], reward, terminated, truncated, cost = step(envs[i], actions[i])
+                brought[:, i] = reward, cost
                 if terminated or truncated:
                     running.remove(i)
             played += brought

@@ -5,7 +5,7 @@ transitions stay in the dataset. A file with the labels of P pairs (an .npz) hol
 
     segment_starts   [P, 2] whole numbers   first transition of both segments of a pair
     preference       [P]                    which did better, 0 or 1; -1: no preference
-    safe_label       [P, 2]                 +1 safe, -1 unsafe
+    safe_label       [P, 2]                 +1 safe, -1 unsafe; 0: nobody can tell
     segment_length   L, steps
     dataset_sha256   of the HDF5 file that the segments are cut from
 
@@ -14,16 +14,18 @@ and, where people were asked, cost_preference [P]: which costs more, 0 or 1; -1:
 """
 
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from common.args import UserError
-from common.dataset import Dataset, file_sha256, get_cost_limits
+from common.dataset import Dataset, file_sha256, get_cost_limits, within
 from common.tasks import Task, segment_length
 
 import numpy as np
 import torch
+
+LABELS = ("preference", "safe_label", "cost_preference")
+FEW = 100  # preferences; nothing was measured with fewer
 
 
 @dataclass(frozen=True)
@@ -35,23 +37,24 @@ class Feedback:
     cost_limits: tuple[float, ...]
     provenance: dict[str, Any]  # how it was made, or the file it was loaded from
     segment_starts: np.ndarray  # [S, P, 2]
-    preference: np.ndarray  # [S, P]: 0, 1, or -1 for none
-    safe_label: np.ndarray  # [S, K, P, 2]: +1 or -1; 0 where the pair is left out
-    cost_preference: np.ndarray | None = None  # [S, P]: which costs more, -1 neither; or not asked
+    preference: np.ndarray  # [S, K, P]: 0, 1, or -1 for none
+    safe_label: np.ndarray  # [S, K, P, 2]: +1 or -1; 0 where nobody can tell, or it is left out
+    cost_preference: np.ndarray | None = None  # [S, K, P]: 0, 1, -1: which costs more; not asked
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The feedback as training wants it, of each pair the preferred segment first.
 
         Returns:
             segments [S, P, 2, L] int64, the transitions of each; and of the R = S x K runs, seed by
-            seed: safe labels [R, P, 2] float, +1 or -1 (0 where the pair is left out), and where
-            there is a preference to learn [R, P] float, 1 or 0.
+            seed: safe labels [R, P, 2] float, +1 or -1 (0 where there is none), and where there is
+            a preference to learn [R, P] float, 1 or 0.
         """
-        order = np.stack((self.preference == 1, self.preference != 1), -1).astype(np.int64)
+        second = (self.preference == 1).any(1)  # at any limit; at others it may be left out
+        order = np.stack((second, ~second), -1).astype(np.int64)
         starts = np.take_along_axis(self.segment_starts, order, -1)
         segments = starts[..., None] + np.arange(self.segment_length)
         labels = np.take_along_axis(self.safe_label, order[:, None], -1)
-        has_preference = (self.preference >= 0)[:, None] & (labels[..., 0] != 0)
+        has_preference = self.preference >= 0
         per_run = (x.reshape(-1, *x.shape[2:]).astype(np.float32) for x in (labels, has_preference))
         return tuple(torch.from_numpy(array).to(device) for array in (segments, *per_run))
 
@@ -64,7 +67,7 @@ def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
     Raises:
         UserError: the file and the flags disagree, or no segment is safe.
     """
-    limits, length = get_cost_limits(task, dataset, args.cost_limits), args.segment_length
+    limits, length = get_cost_limits(task, args.cost_limits), args.segment_length
     # A method that sees no preferences has no flag for their noise.
     noise = (getattr(args, "preference_noise", 0.0), args.label_noise)
     if args.feedback is None:
@@ -135,31 +138,37 @@ def label_pairs(
     flipped = noise.permutation(num_pairs)[: round(preference_noise * num_pairs)]
     preference[flipped] = 1 - preference[flipped]
 
-    thresholds = np.array(cost_limits)[:, None, None] * segment_length
-    safe_label = np.where(costs * task.horizon <= thresholds, 1, -1)  # no rounding: costs are whole
+    thresholds = np.array(cost_limits)[:, None, None] * segment_length / task.horizon
+    safe_label = np.where(within(costs, thresholds), 1, -1)
     flipped = wrong.permutation(2 * num_pairs)[: round(label_noise * 2 * num_pairs)]
     safe_label.reshape(len(cost_limits), -1)[:, flipped] *= -1
-    costlier = np.where(costs[:, 0] == costs[:, 1], -1, costs[:, 1] > costs[:, 0])
+    keeps, is_kept = within(costs[:, 0], costs[:, 1]), within(costs[:, 1], costs[:, 0])
+    costlier = np.where(keeps & is_kept, -1, keeps)
     return {
         "segment_starts": starts,
-        "preference": preference,
         "safe_label": safe_label,
-        "cost_preference": costlier,
+        **{  # alike at all limits, until filter_preferences
+            "preference": np.tile(preference, (len(cost_limits), 1)),
+            "cost_preference": np.tile(costlier, (len(cost_limits), 1)),
+        },
     }
 
 
 def filter_preferences(feedback: Feedback) -> Feedback:
-    """Leave out pairs whose preferred segment is unsafe (paper, Table 10): their labels become 0.
+    """Leave out pairs whose preferred segment is unsafe (paper, Table 10), their labels too.
 
     The preferred segment of two unsafe ones is unsafe, so those pairs go too. A pair without a
     preference stays.
     """
-    second = (feedback.preference == 1)[:, None]  # [S, 1, P]
-    preferred = np.where(second, feedback.safe_label[..., 1], feedback.safe_label[..., 0])
-    out = (preferred == -1) & (feedback.preference >= 0)[:, None]  # [S, K, P]
-    label = np.where(out[..., None], 0, feedback.safe_label).astype(np.int8)
+    label, preference = feedback.safe_label, feedback.preference
+    preferred = np.where(preference == 1, label[..., 1], label[..., 0])
+    out = (preferred == -1) & (preference >= 0)  # [S, K, P]
+    left = {"safe_label": np.where(out[..., None], 0, label)}
+    left |= {"preference": np.where(out, -1, preference)}
+    if feedback.cost_preference is not None:
+        left["cost_preference"] = np.where(out, -1, feedback.cost_preference)
     provenance = feedback.provenance | {"pairs_left": (~out).sum(-1).tolist()}
-    return replace(feedback, safe_label=label, provenance=provenance)
+    return replace(feedback, provenance=provenance, **left)
 
 
 def check_labels(feedback: Feedback) -> None:
@@ -170,22 +179,20 @@ def check_labels(feedback: Feedback) -> None:
     """
     label, limits = feedback.safe_label, feedback.cost_limits
     for s, k in np.argwhere(~(label == 1).any((2, 3))):
-        left = "" if (label[s, k] != 0).all() else "that --filter-preferences leaves "
+        left = "that --filter-preferences leaves " if "pairs_left" in feedback.provenance else ""
         raise UserError(
             f"--cost-limits {limits[k]:g}: no segment of seed {feedback.seeds[s]} {left}is "
             "labelled safe, so no policy can be called safe; give a larger limit or other data"
         )
+    if (few := (feedback.preference >= 0).sum(-1).min()) < FEW:
+        print(f"warning: {few} preferences to learn from; fewer than {FEW} were never tried")
     for s, k in np.argwhere((label != -1).all((2, 3))):
         print(
             f"note: every segment of seed {feedback.seeds[s]} is safe at the limit "
             f"{limits[k]:g}: the safety labels have nothing to say there"
         )
-    for i, j in combinations(range(len(limits)), 2):
-        if np.array_equal(label[:, i], label[:, j]):
-            print(
-                f"warning: the limits {limits[i]:g} and {limits[j]:g} give the same safety labels; "
-                "longer segments, or more pairs, may tell them apart"
-            )
+    if len({x.tobytes() for x in label.swapaxes(0, 1)}) < len(limits):
+        print("warning: two cost limits have the same labels; longer segments may tell them apart")
 
 
 def load_pairs(path: Path, dataset: Dataset, num_pairs: int) -> tuple[dict[str, np.ndarray], int]:
@@ -205,10 +212,10 @@ def load_pairs(path: Path, dataset: Dataset, num_pairs: int) -> tuple[dict[str, 
     held = len(arrays["preference"])
     if num_pairs < held:
         print(f"note: the first {num_pairs} of the {held} pairs in {path} are used")
-    names = ("segment_starts", "preference", "safe_label", "cost_preference")
-    pairs = {key: arrays[key][:num_pairs].astype(np.int64) for key in names if key in arrays}
-    pairs["safe_label"] = pairs["safe_label"][None]  # of the one limit
-    return pairs, int(arrays["segment_length"])
+    pairs = {key: arrays[key][:num_pairs].astype(np.int64) for key in arrays if key in LABELS}
+    one_limit = {key: x[None] for key, x in pairs.items()}
+    starts = arrays["segment_starts"][:num_pairs].astype(np.int64)
+    return {"segment_starts": starts, **one_limit}, int(arrays["segment_length"])
 
 
 def _problem(arrays: dict[str, np.ndarray], dataset: Dataset) -> str:
@@ -216,7 +223,6 @@ def _problem(arrays: dict[str, np.ndarray], dataset: Dataset) -> str:
     pairs = arrays["preference"].shape if "preference" in arrays else (1,)
     forms = {"preference": pairs, "segment_starts": (*pairs, 2), "safe_label": (*pairs, 2)}
     forms |= {"segment_length": ()} | {key: pairs for key in arrays if key == "cost_preference"}
-    allowed = {"preference": (-1, 0, 1), "cost_preference": (-1, 0, 1), "safe_label": (-1, 1)}
     for key in (*forms, "dataset_sha256"):
         if key not in arrays:
             return f"the key {key} is missing; common/feedback.py lists them"
@@ -226,17 +232,18 @@ def _problem(arrays: dict[str, np.ndarray], dataset: Dataset) -> str:
             return f"{key} has shape {list(array.shape)}, unlike the form in common/feedback.py"
         if array.dtype.kind not in "iuf" or (array % 1 != 0).any():
             return f"{key} must hold whole numbers"
-        if key in allowed and not np.isin(array, allowed[key]).all():
-            return f"{key} must be one of {allowed[key]}"
+        if key in LABELS and not np.isin(array, (-1, 0, 1)).all():
+            return f"{key} must be one of -1, 0, 1"
     sha256, length = str(arrays["dataset_sha256"]), int(arrays["segment_length"])
     if sha256 != dataset.sha256:
         return (
             f"made for the dataset with SHA-256 {sha256[:12]}..., not for {dataset.path} "
             f"({dataset.sha256[:12]}...); give the right one with --data"
         )
-    starts = arrays["segment_starts"].astype(np.int64)
-    if length < 1 or starts.min() < 0 or starts.max() >= len(dataset.rewards):
+    starts, steps = arrays["segment_starts"], len(dataset.rewards)
+    if not (1 <= length <= steps and starts.min() >= 0 and starts.max() < steps):
         return f"a segment lies outside the dataset {dataset.path}"
+    starts = starts.astype(np.int64)
     episode = np.searchsorted(dataset.episode_ends, starts, side="right")
     if (starts + length > dataset.episode_ends[episode]).any():
         return "a segment crosses the end of its episode"

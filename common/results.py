@@ -1,9 +1,10 @@
 """What a run leaves behind: configuration, metrics, checkpoints, scores, policy and picture."""
 
 import csv
+import fcntl
+import hashlib
+import io
 import json
-import math
-import signal
 import sys
 import time
 from datetime import datetime
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.args import TrainingError, UserError, get_device, progress_bar, whole_file
-from common.dataset import Dataset, reward_range
+from common.dataset import Dataset, reward_range, within
 from common.evaluation import Evaluator, score_runs
 from common.feedback import Feedback
 from common.tasks import Task
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 VERSIONED = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "pybullet")
+SCORES = ("normalized_reward", "normalized_cost")
 BAR = "{desc}  {n_fmt}/{total_fmt}, {remaining} left"
-KEPT = ("step", "stage", "rows", "columns", "pending", "means", "scores", "curve")  # in checkpoints
 
 
 class Run:
@@ -51,49 +52,44 @@ class Run:
         are metrics to show beside reward and cost, each with its meaning.
 
         Raises:
-            UserError: the folder cannot be made, nothing to resume, or no simulator.
+            UserError: nothing to resume, or no simulator.
         """
         self.args, self.shown = args, shown or {}
         self.runs = [{"cost_limit": k, "seed": s} for s in args.seeds for k in cost_limits]
         self.algorithm, self.started = Path(script).stem, time.time()
-        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        self.config = flags | {
-            # what the flags came to
-            "seeds": list(args.seeds),
-            "cost_limits": list(cost_limits),
-            "device": str(get_device(args.device)),
-            "observation_dim": task.observation_dim,
-            "action_dim": task.action_dim,
-        }
-        if feedback is not None:
-            self.config["segment_length"] = feedback.segment_length
-            self.config["num_pairs"] = feedback.preference.shape[1]
-            self.config["feedback"] = feedback.provenance
         self.about = {"algorithm": self.algorithm, "task": task.name, "data": dataset.provenance}
         self.about |= {"seeds": list(args.seeds), "cost_limits": list(cost_limits)}
+        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        sizes = {"observation_dim": task.observation_dim, "action_dim": task.action_dim}
+        self.config |= sizes | {"device": str(get_device(args.device))}
+        if feedback is not None:  # what its flags came to
+            self.config["segment_length"] = feedback.segment_length
+            self.config["num_pairs"] = feedback.preference.shape[-1]
+            self.config["feedback"] = feedback.provenance
         scored = args.eval_episodes or task.suite == "own"  # else the returns are looked up later
         self.reward_range = reward_range(task, dataset) if scored else None
         self.evaluator = None
         if args.eval_episodes:
             self.evaluator = Evaluator(task, self.algorithm, args.eval_episodes, len(self.runs))
-        self.tracker = _start_wandb(self) if args.track else None
-        if args.resume is None:
-            self.folder = _make_folder(args.output_dir / self.algorithm / task.name)
+        self.trackers = _start_wandb(self) if args.track else ()
+        if args.resume is None:  # named after the time, to the microsecond: several may start now
+            name = f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}"
+            self.folder = args.output_dir / self.algorithm / task.name / name
+            self.folder.mkdir(parents=True)
             about = {"flags": sys.argv[1:], **self.config, **self.about}
             write_json(self.folder / "config.json", about)
+            print(f"{self.folder}/ is where --resume goes on, should this be cut off", flush=True)
         else:
             self.folder = args.resume
             _check_it_is_the_same(self.folder, self.about)
+        self.lock = _lock(self.folder)
         self.step, self.stage = 0, ""  # logged last
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
-        self.columns: list[str] = []
         self.pending: list[dict[str, Tensor]] = []  # metrics whose means are not due yet
-        self.means: list[dict[str, float]] = []  # the metrics' means written last, R dicts
-        self.scores: list[dict[str, Any]] = []  # of the policies played last, R dicts
-        self.curve: dict[str, list] = {"step": [], "normalized_reward": [], "normalized_cost": []}
+        self.scores: list[dict[str, Any]] = []  # of the policies of the step scored last, R dicts
+        self.scored, self.failure = -1, None  # that step; why an evaluation failed
         self.said: dict[str, str] = {}  # by the progress bar
         self.bar = progress_bar(total=total_steps, leave=False, bar_format=BAR)
-        signal.signal(signal.SIGINT, self._interrupted)
 
     # --------------------------------------------------------------------------------- in the loop
 
@@ -120,11 +116,10 @@ class Run:
         names = self.pending[0]
         taken = {x: torch.stack([m[x] for m in self.pending]).double().cpu() for x in names}
         self.pending = []
-        self.means = self._per_run({name: x.nanmean(0) for name, x in taken.items()})
-        self._write(self.stage, self.step, self.means)
+        means = self._per_run({name: x.nanmean(0) for name, x in taken.items()})
+        self._write(self.stage, self.step, means)
         self._say({name: taken[name].nanmean() for name in self.shown if name in taken})
         if not taken["loss"].isfinite().all():
-            self._end()
             raise TrainingError(
                 f"the loss is not finite by step {self.step} ({self.stage}); what was logged is in "
                 f"{self.folder}; a smaller learning rate may help"
@@ -133,17 +128,20 @@ class Run:
     def evaluate(self, stage: str, step: int, parameters: dict[str, Tensor]) -> None:
         """Play the policies and write their scores; nothing where ``--eval-episodes`` is 0.
 
-        ``parameters`` are the policies', with their buffers, [R, ...] or [S, ...] each.
+        ``parameters`` are the policies', with their buffers, [R, ...] or [S, ...] each. Where they
+        cannot be played this says so, and training goes on.
         """
         if self.evaluator is None:
             return
-        played = self.evaluator.play(self.config, parameters, self.args.seeds)
-        self.scores = score_runs(self.runs, *played, self.reward_range)
-        self.curve["step"].append(step)
-        names = ("normalized_reward", "normalized_cost")
-        for name in names:
-            self.curve[name].append([round(score[name], 4) for score in self.scores])
-        self._write(stage, step, [{name: score[name] for name in names} for score in self.scores])
+        try:
+            played = self.evaluator.play(self.config, parameters, self.args.seeds)
+        except TrainingError as error:
+            self.failure = error
+            return self.bar.write(f"warning: no evaluation at step {step}: {error}")
+        self.scores, self.scored = score_runs(self.runs, *played, self.reward_range), step
+        # A run resumed at its very end plays these policies once more.
+        self.rows = [row for row in self.rows if row["step"] < step or "loss" in row]
+        self._write(stage, step, [{name: score[name] for name in SCORES} for score in self.scores])
         mean = mean_scores(self.scores)
         self._say({"cost": mean["normalized_cost"], "reward": mean["normalized_reward"]})
 
@@ -154,19 +152,16 @@ class Run:
         return [{name: x[r] for name, x in full.items()} for r in range(len(self.runs))]
 
     def _write(self, stage: str, step: int, values: list[dict[str, Any]]) -> None:
-        """Append a row a run to metrics.csv; a new column, or no row, has the file written anew."""
-        new = [{"step": step, "stage": stage, **self.runs[r], **x} for r, x in enumerate(values)]
-        self.rows += new
-        columns = list(dict.fromkeys([*self.columns, *(name for row in new[:1] for name in row)]))
-        anew, self.columns = columns != self.columns or not new, columns
-        with open(self.folder / "metrics.csv", "w" if anew else "a", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            if anew:
-                writer.writeheader()
-            writer.writerows(self.rows if anew else new)
-        for row, x in zip(new, values, strict=True) if self.tracker else ():
-            name = f"seed{row['seed']}/limit{row['cost_limit']:g}"
-            self.tracker.log({f"{name}/{key}": value for key, value in x.items()}, step=step)
+        """Write metrics.csv with another row for each run, of which ``values`` has none or all."""
+        rows = zip(self.runs, values, strict=False)
+        self.rows += [{"step": step, "stage": stage, **run, **x} for run, x in rows]
+        for tracker, x in zip(self.trackers, values, strict=False):
+            tracker.log(x, step=step)
+        columns = dict.fromkeys(name for row in self.rows[:: len(self.runs)] for name in row)
+        with whole_file(self.folder / "metrics.csv") as part, open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(columns))
+            writer.writeheader()
+            writer.writerows(self.rows)
 
     def _say(self, values: dict[str, float]) -> None:
         """Show values in the progress bar, cost and reward first: they must fit into 80 columns."""
@@ -178,10 +173,12 @@ class Run:
 
     def save(self, stage: str, step: int, state: Any) -> None:
         """Write a checkpoint that ``--resume`` goes on from; arguments as of ``restore``."""
-        held = {name: getattr(self, name) for name in KEPT}
-        held |= {"state": _copied(state), "seconds": time.time() - self.started}
+        self._write_means()
+        held = {"step": step, "stage": stage, "rows": self.rows, "state": _copied(state)}
+        held["seconds"] = time.time() - self.started
+        content = _as_bytes(held)
         with whole_file(self.folder / f"checkpoint-{stage}.pt") as part:
-            torch.save(held, part)
+            part.write_bytes(content + hashlib.sha256(content).digest())
 
     def restore(self, stage: str, state: Any, start: int = 0) -> int:
         """The step that a stage goes on after: ``start``, or of a resumed run the last one saved.
@@ -191,30 +188,21 @@ class Run:
         resumed ends as one left alone, to the last bit.
 
         Raises:
-            UserError: the checkpoint cannot be read.
+            UserError: the checkpoint is not as the run wrote it.
         """
         path = self.folder / f"checkpoint-{stage}.pt"
         if self.args.resume is None or not path.exists():
             return start
-        try:
-            held = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception:  # what unpickling a damaged file raises is anyone's guess
-            self._end()
-            raise UserError(f"--resume {self.folder}: its {path.name} cannot be read") from None
+        content, digest = path.read_bytes()[:-32], path.read_bytes()[-32:]
+        if hashlib.sha256(content).digest() != digest:
+            raise UserError(f"--resume: {path} is damaged; without it an earlier one may serve")
+        held = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
         _put_back(state, held["state"])
-        vars(self).update({name: held[name] for name in KEPT})
+        self.step, self.stage, self.rows = held["step"], held["stage"], held["rows"]
         self.started = time.time() - held["seconds"]
-        self._write("", 0, [])  # metrics.csv anew, without what was logged after the checkpoint
+        self._write("", 0, [])  # without what was logged after the checkpoint
         self.bar.update(self.step - self.bar.n)
         return self.step
-
-    def _interrupted(self, *_: Any) -> None:
-        """What Ctrl-C says."""
-        self.bar.close()
-        said = f"interrupted; {self.folder} holds what was logged"
-        if any(self.folder.glob("checkpoint-*.pt")):
-            said += f", and this goes on: python {sys.argv[0]} --resume {self.folder}"
-        raise KeyboardInterrupt(said)
 
     # ----------------------------------------------------------------------------------- at its end
 
@@ -225,16 +213,22 @@ class Run:
 
         ``parameters`` as in ``evaluate``; ``final`` are columns of the results, [R] or [S] each,
         beside the metrics written last; ``stage_ends`` is the step at which pretraining stopped.
+
+        Raises:
+            TrainingError: they cannot be played; ``policy.pt`` is written.
         """
         self._write_means()
-        if self.step not in self.curve["step"]:
-            self.evaluate(self.stage, self.step, parameters)
         policy = {**self.about, "config": self.config, "env_id": self.args.env_id}
         policy["reward_range"] = self.reward_range
         policy["parameters"] = {name: p.detach().cpu() for name, p in parameters.items()}
         with whole_file(self.folder / "policy.pt") as part:
-            torch.save(policy, part)
-        columns = zip(self.runs, self.means, self._per_run(final), strict=True)
+            part.write_bytes(_as_bytes(policy))
+        if self.scored != self.step:
+            self.evaluate(self.stage, self.step, parameters)
+        if self.evaluator and self.scored != self.step:
+            raise TrainingError(f"{self.failure}; {self.folder}/policy.pt holds what was learned")
+        logged = [row for row in self.rows if "loss" in row][-len(self.runs) :]
+        columns = zip(logged, self._per_run(final), strict=True)
         results = {
             **self.about,
             "eval_episodes": self.args.eval_episodes,
@@ -242,53 +236,70 @@ class Run:
             "versions": _versions(),
             "config": self.config,
             "wall_seconds": round(time.time() - self.started, 1),
-            "runs": [{**run, **means, **more} for run, means, more in columns],
+            "runs": [{**row, **more} for row, more in columns],
         }
-        for run in results["runs"]:  # JSON has no nan
-            run |= {k: None for k, x in run.items() if isinstance(x, float) and math.isnan(x)}
         if self.evaluator:
             for run, scores in zip(results["runs"], self.scores, strict=True):
                 run |= scores
             results |= mean_scores(self.scores)
-            results["curve"] = {**self.curve, "stage_ends": stage_ends}
+            results["curve"] = {**self._curve(), "stage_ends": stage_ends}
             _draw(results, self.folder / "curves.png")
         write_json(self.folder / "results.json", results)
-        for path in self.folder.glob("checkpoint-*.pt"):
+        for path in (*self.folder.glob("checkpoint-*.pt"), *self.folder.glob("*.part")):
             path.unlink()
-        self._end()
+        self.bar.close()
+        if self.evaluator:
+            self.evaluator.pool.shutdown()
+        for tracker in self.trackers:
+            tracker.finish()
         print(f"{self.folder}/: {' '.join(sorted(path.name for path in self.folder.iterdir()))}")
         print(summary(results, self.shown))
 
-    def _end(self) -> None:
-        self.bar.close()
-        if self.evaluator:
-            self.evaluator.close()
-        if self.tracker:
-            self.tracker.finish()
+    def _curve(self) -> dict[str, list]:
+        """Steps at which the policies were scored, [n], and their scores, [n, R] each."""
+        rows, count = [row for row in self.rows if SCORES[0] in row], len(self.runs)
+        curve = {name: np.reshape([row[name] for row in rows], (-1, count)) for name in SCORES}
+        steps = {"step": [row["step"] for row in rows[::count]]}
+        return steps | {name: x.round(4).tolist() for name, x in curve.items()}
+
+
+def _as_bytes(content: Any) -> bytes:
+    """What ``torch.save`` writes; into a file of a full disk it would hide what is wrong."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def _copied(state: Any) -> Any:
+    if isinstance(state, dict | list):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {key: _copied(x) for key, x in items}
     if isinstance(state, Tensor):
         return state.detach()
-    if isinstance(state, torch.Generator):
-        return state.get_state()
-    if isinstance(state, dict):
-        return {name: _copied(x) for name, x in state.items()}
-    if isinstance(state, list):
-        return [_copied(x) for x in state]
-    return state.state_dict()
+    return state.get_state() if isinstance(state, torch.Generator) else state.state_dict()
 
 
 def _put_back(state: Any, held: Any) -> None:
-    if isinstance(state, Tensor):
+    if isinstance(state, dict | list):
+        for key, x in held.items():
+            _put_back(state[key], x)
+    elif isinstance(state, Tensor):
         state.data.copy_(held)
-    elif isinstance(state, torch.Generator):
-        state.set_state(held)
-    elif isinstance(state, dict | list):
-        for key in state if isinstance(state, dict) else range(len(state)):
-            _put_back(state[key], held[key])
     else:
-        state.load_state_dict(held)
+        put = state.set_state if isinstance(state, torch.Generator) else state.load_state_dict
+        put(held)
+
+
+def _lock(folder: Path) -> Any:
+    """Keep a run's folder to this process, until it ends; a UserError where another has it."""
+    file = (folder / "config.json").open()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--resume {folder}: another process goes on with it already") from None
+    except OSError:
+        pass  # this file system has no locks
+    return file
 
 
 def _check_it_is_the_same(folder: Path, about: dict[str, Any]) -> None:
@@ -308,7 +319,7 @@ def mean_scores(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The means over all runs, and whether that is safe: mean normalised cost <= 1 (DSRL)."""
     reward = float(np.mean([run["normalized_reward"] for run in runs]))
     cost = float(np.mean([run["normalized_cost"] for run in runs]))
-    return {"normalized_reward": reward, "normalized_cost": cost, "safe": cost <= 1}
+    return {"normalized_reward": reward, "normalized_cost": cost, "safe": bool(within(cost, 1))}
 
 
 def summary(results: dict[str, Any], shown: dict[str, str]) -> str:
@@ -332,7 +343,7 @@ def summary(results: dict[str, Any], shown: dict[str, str]) -> str:
         cells = ["nan" if x is None else f"{x:.2f}" for x in values]
         lines.append([f"{run['cost_limit']:g}", str(run["seed"]), *cells])
     table = ["".join(f"{cell:>11}" for cell in line) for line in lines]
-    mean, safe = mean_scores(runs), sum(run["normalized_cost"] <= 1 for run in runs)
+    mean, safe = mean_scores(runs), sum(within(run["normalized_cost"], 1) for run in runs)
     end = f"{results['task']}  reward {mean['normalized_reward']:.2f}  "
     end += f"cost {mean['normalized_cost']:.2f}  {safe} of {len(runs)} runs safe  {tail}"
     meanings = [f"{name}: {meaning}" for name, meaning in shown.items()]
@@ -367,21 +378,10 @@ def _draw(results: dict[str, Any], path: Path) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a file that appears under its name only when whole."""
+    """Write a file that appears under its name only when whole; nan, which JSON lacks, is null."""
+    plain = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with whole_file(path) as part:
-        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _make_folder(parent: Path) -> Path:
-    """A new folder named after the time, to the microsecond: several may start at once."""
-    folder = parent / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}"
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"--output-dir: {folder} cannot be made ({error.strerror}); give a folder that can"
-        ) from None
-    return folder
+        part.write_text(json.dumps(plain, indent=2) + "\n")
 
 
 def _versions() -> dict[str, str]:
@@ -390,12 +390,18 @@ def _versions() -> dict[str, str]:
     return {"python": sys.version.split()[0]} | {k: held[k] for k in VERSIONED if k in held}
 
 
-def _start_wandb(run: Run) -> Any:
+def _start_wandb(run: Run) -> list[Any]:
+    """A run of Weights & Biases for each of the R, in one group."""
     import wandb
 
+    args, started = run.args, []
+    where = {"project": args.wandb_project, "dir": args.output_dir, "reinit": "create_new"}
+    where["group"] = args.wandb_group or f"{run.algorithm}/{run.about['task']}"
     try:
-        name, config = f"{run.algorithm}/{run.about['task']}", run.config | run.about
-        return wandb.init(project="presa", name=name, config=config, dir=run.args.output_dir)
-    except wandb.Error as error:
-        reason = str(error).splitlines()[0]
+        for each in run.runs:
+            name = f"limit {each['cost_limit']:g}, seed {each['seed']}"
+            started.append(wandb.init(**where, name=name, config=run.config | run.about | each))
+    except Exception as error:  # no login, no network, or a setting that it does not know
+        reason = " ".join(str(error).split())
         raise UserError(f"--track: {reason}; WANDB_MODE=offline needs no account") from None
+    return started

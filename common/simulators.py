@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from common.args import UserError
+from common.args import TrainingError, UserError
 
 import numpy as np
 
@@ -23,6 +23,7 @@ MISSING = (
     "evaluation needs the simulators, and {} cannot be imported: install them on Python 3.10 or "
     "3.11 as the README says, or train without them (--eval-episodes 0)"
 )
+FIELD = dataclasses.field
 PACKAGES = ("gymnasium", "dsrl", "bullet_safety_gym", "pybullet", "safety_gymnasium", "mujoco")
 
 
@@ -50,7 +51,7 @@ def import_gymnasium() -> Any:
     try:
         import gymnasium
 
-        with _arrays_as_defaults():
+        with mock.patch("dataclasses.field", _field):
             import safety_gymnasium.builder  # noqa: F401
         _leave_out_the_sky()
         # It makes a folder for downloads when it is imported: here it is shown one that is there.
@@ -62,25 +63,15 @@ def import_gymnasium() -> Any:
     return gymnasium
 
 
-@contextlib.contextmanager
-def _arrays_as_defaults() -> Iterator[None]:
-    """Let dataclasses have arrays as defaults, as they may up to Python 3.10.
+def _field(*args: Any, default: Any = dataclasses.MISSING, **options: Any) -> Any:
+    """``dataclasses.field``, but with arrays as defaults, as they may be up to Python 3.10.
 
     safety-gymnasium (0.4.0, and 1.0.0 too) has such fields, and Python 3.11 refuses to import it.
     This can go when a release gives them a default_factory.
     """
-    field = dataclasses.field
-
-    def field_of_array(*args: Any, default: Any = dataclasses.MISSING, **options: Any) -> Any:
-        if isinstance(default, np.ndarray):
-            return field(*args, default_factory=default.copy, **options)
-        return field(*args, default=default, **options)
-
-    dataclasses.field = field_of_array
-    try:
-        yield
-    finally:
-        dataclasses.field = field
+    if isinstance(default, np.ndarray):
+        return FIELD(*args, default_factory=default.copy, **options)
+    return FIELD(*args, default=default, **options)
 
 
 def _leave_out_the_sky() -> None:
@@ -106,6 +97,53 @@ def make(env_id: str) -> Any:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         # The checker repeats, at every step, what the tests check once.
         return gymnasium.make(env_id, disable_env_checker=True)
+
+
+def to_box(actions: np.ndarray, space: Any) -> np.ndarray:
+    """Map actions [..., action_dim] in [-1, 1] onto a box, in the box's own type and never beyond.
+
+    They stay as they are where the box is [-1, 1].
+    """
+    low, high = (np.asarray(x, np.float64) for x in (space.low, space.high))
+    return ((low + high) / 2 + (high - low) / 2 * actions).clip(low, high).astype(space.dtype)
+
+
+def step(env: Any, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, float]:
+    """Play an action: observation, reward, terminated, truncated, and cost (0 where none is told).
+
+    Raises:
+        TrainingError: the environment failed, or what it returned is of no use; it is named.
+    """
+    try:
+        observation, reward, terminated, truncated, info = env.step(action)
+        reward, cost = (np.asarray(x, np.float64).item() for x in (reward, info.get("cost", 0)))
+    except Exception as error:  # the environment may be anybody's: it may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise TrainingError(f"{env.spec.id} failed in a step: {reason}") from None
+    if not (np.isfinite(reward) and 0 <= cost < np.inf):
+        told = f"the reward {reward:g} and the cost {cost:g}"
+        raise TrainingError(f"{env.spec.id}: a step has {told}; both must be finite, the cost >= 0")
+    return _observed(env, observation), reward, terminated, truncated, cost
+
+
+def reset(env: Any, seed: int) -> np.ndarray:
+    """Start an episode: its first observation, checked as in ``step``.
+
+    A Bullet environment ignores its seed and draws from the global stream, only while it resets.
+    """
+    np.random.seed(seed)
+    return _observed(env, env.reset(seed=seed)[0])
+
+
+def _observed(env: Any, observation: Any) -> np.ndarray:
+    shape = env.observation_space.shape
+    try:
+        seen = np.array(observation, np.float32)  # a copy: it may be changed in place
+        if seen.shape == shape and np.isfinite(seen).all():
+            return seen
+    except (TypeError, ValueError):
+        pass  # no numbers
+    raise TrainingError(f"{env.spec.id}: an observation must be finite numbers of shape {shape}")
 
 
 _kept: dict[str, list[Any]] = {}  # Bullet environments that wait for another episode

@@ -7,15 +7,12 @@ Horizons and file names stand here, so that training needs no simulator; the tes
 import functools
 import importlib.util
 import math
+import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import SimpleNamespace
 
-from common.args import UserError, nearest
-
-import numpy as np
+from common.args import TrainingError, UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -106,17 +103,18 @@ def own_task(env_id: str) -> Task:
     Raises:
         UserError: it cannot be made, or lacks what is needed; the sentence says all of it.
     """
-    from common.simulators import make
+    from common.simulators import make, step
 
     try:
         env = make(env_id)
         env.reset(seed=0)
         info = env.step(env.action_space.sample())[-1]
-        env.close()
     except UserError:
         raise
     except Exception as error:  # the environment is not ours: it may raise anything
         reason = " ".join(str(error).split())
+        if "too many values to unpack" in reason:
+            reason += "; safety_gymnasium.wrappers.SafetyGymnasium2Gymnasium makes its six values 5"
         raise UserError(f"--env-id {env_id}: {type(error).__name__}: {reason}") from None
     observations, actions = env.observation_space.shape or (), env.action_space
     flat = len(actions.shape or ()) == 1 and actions.dtype.kind == "f"
@@ -126,13 +124,16 @@ def own_task(env_id: str) -> Task:
         "flat actions, a bounded Box of floats": flat
         and all(0 < width < math.inf for width in actions.high - actions.low),
         "episodes that end (register it with max_episode_steps)": bool(horizon),
-        "info['cost'], a number, from each step": isinstance(
-            info.get("cost"), int | float | np.number | np.bool_
-        ),
+        "info['cost'], from its first step on": "cost" in info,
     }
     lacks = "; ".join(what for what, has in needs.items() if not has)
     if lacks:
         raise UserError(f"--env-id {env_id}: it must have {lacks}")
+    try:
+        step(env, actions.sample())
+    except TrainingError as error:
+        raise UserError(f"--env-id {env_id}: {error}") from None
+    env.close()
     name = env_id.rpartition(":")[-1].replace("/", "-")  # names a folder
     sizes, box = (observations[0], actions.shape[0]), (actions.low.tolist(), actions.high.tolist())
     return Task(name, "own", env_id, *sizes, horizon, (), "", *map(tuple, box))
@@ -155,7 +156,7 @@ def reference_returns(task: Task) -> tuple[float, float]:
 
 
 @functools.cache
-def infos() -> ModuleType | Any:
+def infos() -> SimpleNamespace:
     """``dsrl.infos``, tables of numbers, without the simulators that ``import dsrl`` brings.
 
     Raises:
@@ -167,8 +168,5 @@ def infos() -> ModuleType | Any:
             "the reference returns are in the package dsrl, which is not installed: "
             "pip install --no-deps dsrl==0.1.0"
         )
-    path = Path(found.submodule_search_locations[0]) / "infos.py"
-    spec = importlib.util.spec_from_file_location("dsrl_infos", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    folder = found.submodule_search_locations[0]
+    return SimpleNamespace(**runpy.run_path(f"{folder}/infos.py"))

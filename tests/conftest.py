@@ -47,13 +47,14 @@ def at_nobodys_home(tmp_path_factory):
 def two_workers_for_all():
     """Evaluations share two worker processes: to start them takes longer than most tests."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, spawn, initializer=evaluation._start_worker) as pool:
+    with ProcessPoolExecutor(2, spawn, initializer=evaluation.start_worker) as pool:
 
         class Shared(NoWorkers):
             submit = pool.submit
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(evaluation, "ProcessPoolExecutor", Shared)
+            patch.setattr(multiprocessing, "active_children", list)  # an error would end them
             yield
 
 
@@ -118,7 +119,7 @@ def two_armed(tmp_path: Path) -> Path:
 @pytest.fixture
 def run_script(monkeypatch, capsys):
     """Call a script's main with flags: its exit code, standard output and standard error."""
-    interrupt = signal.getsignal(signal.SIGINT)
+    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(main, *flags: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])
@@ -127,7 +128,8 @@ def run_script(monkeypatch, capsys):
             run_main(main)
         except SystemExit as stop:
             code = stop.code
-        signal.signal(signal.SIGINT, interrupt)  # a run sets its own
+        for number, handler in ours.items():
+            signal.signal(number, handler)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -22,8 +22,6 @@ import itertools
 import json
 import re
 import shlex
-import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.args import UserError, nearest, parse_args, run_main, whole_file
+from common.args import UserError, nearest, parse_args, printable, run_main, whole_file
 from common.dataset import file_sha256, find_dataset
 from common.evaluation import ALGORITHMS
 from common.tasks import TASKS
@@ -123,7 +121,7 @@ def choose_data(args: Args, tasks: Sequence[str]) -> dict[str, tuple[str, str, s
             source, path = find_dataset(TASKS[task], told)
             found[task] = (told, source, file_sha256(path))
         except UserError as error:
-            print(f"left out: {task}, {error}", flush=True)
+            print(printable(f"left out: {task}, {error}"), flush=True)
     if not found:
         raise UserError(f"--data {args.data}: there is no data of any of the tasks")
     return found
@@ -148,7 +146,8 @@ def make_variants(args: Args, failures: list[str]) -> list[tuple[str, list[str],
     own = {name: flags.split() for name, _, flags in (x.partition(" ") for x in args.flags_of)}
     points = [[f"--{flag}", value] for flag, *values in args.sweep for value in values]
     points += [[f"--{flag}"] for flag, *values in args.sweep if not values]  # a switch
-    variants, unknown = [], {token for token in args.flags if token.startswith("--")}
+    variants, steps = [], []
+    unknown = {token for token in args.flags if token.startswith("--")}
     for name in choose_algorithms(args.algorithms):
         try:
             args_class = tables.script_args(name)
@@ -156,6 +155,8 @@ def make_variants(args: Args, failures: list[str]) -> list[tuple[str, list[str],
             failures.append(f"{name}: {error}")
             continue
         kept, lacks = flags_of(args_class, args.flags)
+        had = vars(parse_args(args_class, [*kept, *own.get(name, ()), *seeds]))
+        steps.append(f"{name} {' + '.join(f'{k} {had[k]}' for k in had if k.endswith('steps'))}")
         mine = [point for point in points if not flags_of(args_class, point)[1]]
         unknown &= set(lacks)
         if lacks or (points and not mine):
@@ -163,6 +164,9 @@ def make_variants(args: Args, failures: list[str]) -> list[tuple[str, list[str],
             print(f"note: {name} has no {', '.join(lacks)}", flush=True)
         for point in [[], *mine] if mine or not points else []:
             variants.append((name, point, [*kept, *own.get(name, ()), *point, *seeds]))
+    # The same --steps may be all of one method's budget, and a part of another's.
+    if any(token.partition("=")[0].endswith("steps") for token in args.flags):
+        print(f"note: steps: {'; '.join(steps)}", flush=True)
     if unknown or (not variants and not failures):
         flags = sorted(unknown or {point[0] for point in points})
         raise UserError(f"{', '.join(flags)}: no method here has that flag")
@@ -198,12 +202,11 @@ def make_jobs(args: Args, failures: list[str]) -> list[Job]:
 def run_grid(args: Args, failures: list[str]) -> list[Path]:
     """Run what is not there yet, and say how it goes: the results of all that ended well."""
     jobs = make_jobs(args, failures)
-    make_folder("--results", args.results[0])
     todo = [job for job in jobs if job.results() is None]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them here already", flush=True)
     with contextlib.closing(run_jobs(todo, args.workers, args.launcher.split())) as running:
         for count, job in enumerate(running, 1):
-            if path := job.results():
+            if (path := job.results()) and not job.code:
                 scores = [result.scores() for result in tables.read_results([path])]
                 told = f"{job.label}: {', '.join(map(tables.show_runs, scores))}"
             else:
@@ -243,19 +246,11 @@ def fill_tables(page: str, folder: Path) -> str:
 def report(args: Args, results: Sequence[tables.Result]) -> None:
     """Print the table, write it to ``table.md``, and draw the figures."""
     table = f"{tables.LEGEND}\n\n{tables.make_table(results, args.intervals)}\n"
-    make_folder("--output", args.output)
+    args.output.mkdir(parents=True, exist_ok=True)
     with whole_file(args.output / "table.md") as part:
         part.write_text(table)
     figures = [path.name for path in draw_all(results, args.output)]
     print(f"\n{table}\n{args.output}/: table.md {' '.join(figures)}")
-
-
-def make_folder(flag: str, folder: Path) -> None:
-    """Make a folder, if it is not there; a UserError that names the flag says why it cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be made ({error.strerror})") from None
 
 
 def check(args: Args) -> None:
@@ -273,9 +268,6 @@ def check(args: Args) -> None:
             raise UserError(f"--sweep {flag}: give a flag of a method and values, as in eta 1 5")
     if len(args.results) != 1 and not args.only_tables:
         raise UserError("--results: give one folder; several are for --only-tables")
-    for command in args.launcher.split()[:1]:
-        if shutil.which(command) is None:
-            raise UserError(f"--launcher {command}: there is no such command here")
 
 
 def main() -> None:
@@ -289,7 +281,6 @@ def main() -> None:
     if args.only_tables:
         return report(args, choose_results(args))
     failures: list[str] = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if paths := run_grid(args, failures):
         report(args, tables.read_results(paths))
     if failures:

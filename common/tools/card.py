@@ -8,6 +8,7 @@ The last helps to choose cost limits: without --cost-limits the card suggests so
 training would refuse are refused here too.
 """
 
+import contextlib
 import math
 import sys
 import textwrap
@@ -17,8 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.args import LabelArgs, UserError, parse_args, run_main, whole_file
-from common.dataset import Dataset, get_cost_limits, load_dataset, reward_range, suggested_limits
+from common.args import LabelArgs, UserError, parse_args, printable, run_main, whole_file
+from common.dataset import (
+    Dataset,
+    get_cost_limits,
+    load_dataset,
+    reward_range,
+    within,
+)
 from common.feedback import get_feedback
 from common.tasks import Task, get_task, infos, segment_length
 from common.tools import check_output
@@ -32,27 +39,26 @@ LIMITS = """
    kappa   may cost       episodes  segments unsafe episodes    within it  above half"""
 
 
-def segment_costs(dataset: Dataset, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Summed cost of every segment of L = ``length`` steps, and its whole episode's.
-
-    Both are [valid starts]: a segment lies within one episode.
-    """
-    lengths = dataset.episode_ends - dataset.episode_starts
-    steps_left = np.repeat(dataset.episode_ends, lengths) - np.arange(len(dataset.costs))
-    starts = np.flatnonzero(steps_left >= length)
-    windows = np.lib.stride_tricks.sliding_window_view(dataset.costs, length)
-    return windows.sum(-1)[starts], np.repeat(dataset.episode_costs, lengths)[starts]
+def suggested_limits(dataset: Dataset) -> tuple[float, ...]:
+    """Three cost limits that a tenth, a quarter and a half of the episodes keep."""
+    quantiles = np.quantile(dataset.episode_costs, (0.1, 0.25, 0.5), method="higher")
+    return tuple(sorted({float(x) for x in quantiles}))
 
 
 def label_shares(dataset: Dataset, horizon: int, limit: float, length: int) -> tuple[float, float]:
     """Share of the segments labelled safe; of these, the share cut from unsafe episodes.
 
-    A segment is safe iff its summed cost is at most kappa * L / T_max. It may show how an episode
-    begins that costs more than kappa. The second share is nan where no segment is safe.
+    A segment of L = ``length`` steps, of one episode, is safe iff its summed cost is at most
+    kappa * L / T_max. It may show how an episode begins that costs more than kappa. The second
+    share is nan where no segment is safe.
     """
-    cost, episode_cost = segment_costs(dataset, length)
-    safe = cost * horizon <= limit * length
-    return safe.mean(), (episode_cost[safe] > limit).mean() if safe.any() else math.nan
+    lengths = dataset.episode_ends - dataset.episode_starts
+    steps_left = np.repeat(dataset.episode_ends, lengths) - np.arange(len(dataset.costs))
+    starts = np.flatnonzero(steps_left >= length)
+    windows = np.lib.stride_tricks.sliding_window_view(dataset.costs, length)
+    safe = within(windows.sum(-1)[starts], limit * length / horizon)
+    unsafe_origin = np.repeat(~within(dataset.episode_costs, limit), lengths)[starts]
+    return safe.mean(), unsafe_origin[safe].mean() if safe.any() else math.nan
 
 
 def card(task: Task, dataset: Dataset, limits: Sequence[float], length: int) -> str:
@@ -73,24 +79,26 @@ def card(task: Task, dataset: Dataset, limits: Sequence[float], length: int) -> 
         f"  SHA-256        {dataset.sha256}",
     ]
     with h5py.File(dataset.file, "r") as file:
-        for name, value in file.attrs.items():  # quoted: a terminal obeys control characters
-            lines.append(f"  {name:<14} {textwrap.shorten(repr(value), 140)}")
+        for name in file.attrs:
+            with contextlib.suppress(TypeError, OSError):  # h5py does not know every type
+                value = textwrap.shorten(repr(file.attrs[name]), 140)
+                lines.append(printable(f"  {name!s:<14} {value}"))
     lines.append(f"  {'per episode':<14}{'minimum':>11}{'median':>11}{'maximum':>11}")
     columns = {"length": lengths, "return": dataset.returns, "cost": dataset.episode_costs}
     for name, x in columns.items():
         lines.append(f"  {name:<14}{x.min():11.6g}{np.median(x):11.6g}{x.max():11.6g}")
     lines.append(LIMITS)
     for limit in limits:
-        returns = dataset.returns[dataset.episode_costs <= limit]
+        returns = dataset.returns[within(dataset.episode_costs, limit)]
         best = returns.max(initial=-math.inf)
         # "Above half of the best" says nothing where the best is not positive.
         half = (returns > best / 2).sum() if best > 0 else "-"
         safe, unsafe_origin = label_shares(dataset, task.horizon, limit, length)
-        within = f"{best:.6g}" if len(returns) else "-"
+        best_within = f"{best:.6g}" if len(returns) else "-"
         kept = f"{len(returns)} ({len(returns) / len(lengths):.1%})"
         lines.append(
             f"{limit:8g}{limit * length / task.horizon:11.4g}{kept:>15}{safe:10.1%}"
-            f"{unsafe_origin:16.1%}{within:>13}{half:>12}"
+            f"{unsafe_origin:16.1%}{best_within:>13}{half:>12}"
         )
     return "\n".join(lines)
 
@@ -144,7 +152,7 @@ def main() -> None:
     if asked is None and task.suite == "own":
         asked = suggested_limits(dataset)
         print("limits: suggestions, that a tenth, a quarter and a half of the episodes keep")
-    limits = get_cost_limits(task, dataset, asked)
+    limits = get_cost_limits(task, asked)
     length = args.segment_length or segment_length(task, limits)
     get_feedback(dataset, task, LabelArgs(cost_limits=limits, segment_length=length))  # may warn
     print(card(task, dataset, limits, length), flush=True)

@@ -15,29 +15,32 @@ the command, the versions and the seed it was made with.
     advantage      (A_reward / std - lambda A_cost / std) / (1 + lambda), of PPO's clipped loss
 
 M experts are stacked along a leading axis and act in one forward pass; the environments are stepped
-by several processes. Each environment has its own random stream, so that the number of processes
+by worker processes. Each environment has its own random stream, so that the number of workers
 changes no number.
 """
 
 import contextlib
+import io
 import math
 import multiprocessing
-import signal
+import os
+import secrets
+import shlex
 import sys
-import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import chain, pairwise
+from itertools import chain, zip_longest
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.args import TrainingError, UserError, parse_args, progress_bar, run_main, whole_file
-from common.evaluation import cpu_cores
-from common.simulators import check_installed, make
-from common.tasks import get_task, infos, reference_returns
+from common.dataset import within
+from common.evaluation import cpu_cores, no_interrupts, start_worker
+from common.simulators import check_installed, make, reset, step, to_box
+from common.tasks import Task, get_task, infos, reference_returns
 from common.tools import check_output
 
 import h5py
@@ -52,6 +55,9 @@ MULTIPLIER_I = 0.1  # gain, per iteration (measured)
 MULTIPLIER_MAX = 5.0  # beyond it the reward would be forgotten (measured)
 GAMMA, GAE_LAMBDA = 0.99, 0.95  # discount, and the advantage's lambda (PPO's)
 CLIP = 0.2  # how far an action's probability may change in an iteration (PPO's)
+
+KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
+Episode = dict[str, np.ndarray]  # arrays [T, ...] by DSRL's keys
 
 
 @dataclass
@@ -68,7 +74,7 @@ class Args:
     seed: int = 0
     """fixes initial weights, environments, exploration and thinning"""
     workers: int | None = None
-    """processes that step the environments, this one among them; default: one a core"""
+    """processes that step the environments; default: one a core"""
 
     # ---- what is kept
     episodes: int | None = None
@@ -127,11 +133,11 @@ class Experts(nn.Module):
                 self.biases[f"{name}{layer}"] = nn.Parameter(weight.new_zeros(weight[:, :1].shape))
 
     def forward(self, name: str, observation: Tensor) -> Tensor:
-        """[M, N, observation_dim] -> actor: mean actions [M, N, action_dim]; critic: [M, N, 2]."""
+        """Observations [..., M, N, .] -> actor: mean actions, critic: values of reward and cost."""
         hidden = observation
         for layer in range(3):
             key = f"{name}{layer}"
-            hidden = torch.baddbmm(self.biases[key], hidden, self.weights[key])
+            hidden = hidden @ self.weights[key] + self.biases[key]
             hidden = torch.tanh(hidden) if layer < 2 else hidden
         return hidden
 
@@ -183,81 +189,56 @@ def limits_at(progress: float, experts: int, args: Args, max_cost: float) -> np.
     return max_cost * np.abs(1 - 2 * phase) ** args.sweep_power  # max-cost, 0, max-cost
 
 
-# ---------------------------------------------------------------------------- the environments
+def serve(pipe: Connection, env_id: str, numbers: list[int], seed: int) -> None:
+    """A worker: step some of the environments, n of them, one after the other, as it is told.
 
-
-class Share:
-    """Some of the environments, n of them, stepped one after the other."""
-
-    def __init__(self, env_id: str, numbers: list[int], seed: int):
-        """Start them; their numbers, with the seed, fix their random streams."""
-        self.numbers, self.seed, self.started = numbers, seed, [0] * len(numbers)
-        self.envs = [make(env_id) for _ in numbers]
-        self.following = [self.reset(i) for i in range(len(numbers))]
-
-    def reset(self, i: int) -> np.ndarray:
-        """Start an episode; the Bullet tasks draw from the global stream while they do."""
-        words = np.random.SeedSequence((self.seed, self.numbers[i], self.started[i]))
-        word = words.generate_state(1).item()
-        self.started[i] += 1
-        np.random.seed(word)
-        return self.envs[i].reset(seed=word)[0]
-
-    def step(self, actions: np.ndarray) -> list[np.ndarray]:
-        """Play actions [n, action_dim].
-
-        Returns what to act on next and what the actions led to, which differs where an episode has
-        ended, [n, .] both; and reward, terminated, truncated and cost, [n, 4].
-        """
-        final, scores = [], []
-        for i, action in enumerate(actions):
-            observation, *score, info = self.envs[i].step(action)
-            final.append(observation)
-            scores.append([*score, info["cost"]])
-            self.following[i] = self.reset(i) if any(score[1:]) else observation
-        return [np.float32(self.following), np.float32(final), np.float64(scores)]
-
-
-def serve(pipe: Connection, *share: Any) -> None:
-    """A worker: send a share's first observations, then answer actions, until the pipe drops."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the script itself ends on Ctrl-C, once
-    share = Share(*share)
-    pipe.send([np.float32(share.following)])
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            pipe.send(share.step(pipe.recv()))
-
-
-def joined(own: list[np.ndarray], pipes: list[Connection]) -> list[np.ndarray]:
-    """The own share's arrays and those that the workers answer, joined along the environments."""
-    try:
-        answers = [own, *(pipe.recv() for pipe in pipes)]
-    except EOFError:
-        raise TrainingError("an environment failed in its worker; its error is above") from None
-    return [np.concatenate(arrays) for arrays in zip(*answers, strict=True)]
-
-
-# ------------------------------------------------------------------------------ what is kept
-
-KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
-Episode = dict[str, np.ndarray]  # arrays [T, ...] by DSRL's keys
-
-
-def finished_episodes(unfinished: list[Episode], rollout: Episode) -> list[list[Episode]]:
-    """Cut a rollout, arrays [T, envs, ...], into the episodes that ended, a list for each env.
-
-    ``unfinished`` has what each environment began before, and gets what it has begun now.
+    It sends their first observations. Actions [n, action_dim] in [-1, 1] it answers with what to
+    act on next, and then by KEYS: what the actions led to, which differs from that where an episode
+    has ended, and the actions as they were played, [n, .] each; the others are [n].
     """
-    finished = []
-    for i, before in enumerate(unfinished):
-        now = {key: x[:, i] for key, x in rollout.items()}
-        steps = {k: np.concatenate([part[k] for part in (before, now) if part]) for k in now}
-        ends = np.flatnonzero(steps["terminals"] | steps["timeouts"]) + 1
-        cuts = pairwise((0, *ends, None))
-        parts = [{key: x[first:last].copy() for key, x in steps.items()} for first, last in cuts]
-        unfinished[i] = parts.pop()
-        finished.append(parts)
-    return finished
+    start_worker()
+    streams = [np.random.default_rng((seed, number)) for number in numbers]
+
+    def start(i: int) -> np.ndarray:
+        return reset(envs[i], streams[i].integers(2**32).item())
+
+    with contextlib.suppress(OSError):  # nobody listens any more
+        try:
+            envs = [make(env_id) for _ in numbers]
+            following = [start(i) for i in range(len(envs))]
+            pipe.send([np.array(following)])
+            while True:
+                told = []
+                for i, action in enumerate(to_box(pipe.recv(), envs[0].action_space)):
+                    played = np.array(action, np.float32)  # copies: both may be changed in place
+                    final, reward, terminated, truncated, cost = step(envs[i], action)
+                    scores = np.float32(reward), np.float32(cost), bool(terminated), bool(truncated)
+                    told.append((final, played, *scores))
+                    following[i] = start(i) if terminated or truncated else final
+                pipe.send([np.array(following), *map(np.array, zip(*told, strict=True))])
+        except Exception as error:  # the environment may be anybody's
+            said = str(error) if isinstance(error, TrainingError) else f"{env_id}: {error!r}"
+            pipe.send(TrainingError(said))
+
+
+def answers(pipes: list[Connection], experts: int, actions: Sequence = ()) -> list[np.ndarray]:
+    """What the workers answer to their actions (unasked, at first): arrays [M, n, ...].
+
+    Raises:
+        TrainingError: an environment failed, or a worker is gone.
+    """
+    try:
+        for pipe, share in zip(pipes, actions, strict=False):
+            pipe.send(share)
+        told = [pipe.recv() for pipe in pipes]
+    except (EOFError, OSError):
+        reason = "it was killed, or had too little memory, or its environment ended it"
+        raise TrainingError(f"a process that steps the environments is gone: {reason}") from None
+    for answer in told:
+        if isinstance(answer, TrainingError):
+            raise answer
+    joined = [np.concatenate(arrays) for arrays in zip(*told, strict=True)]
+    return [x.reshape(experts, -1, *x.shape[1:]) for x in joined]
 
 
 def thin(
@@ -269,22 +250,152 @@ def thin(
     at random. The best return within each cost of ``best_within`` is kept in any case: its cell
     may hold a better one that costs more.
     """
-    within = [costs <= limit for limit in best_within]
-    leaders = [np.where(x, returns, -np.inf).argmax() for x in within if x.any()]
+    kept = [within(costs, limit) for limit in best_within]
+    leaders = [np.where(x, returns, -np.inf).argmax() for x in kept if x.any()]
     edges = [np.linspace(x.min(), x.max(), GRID + 1)[1:-1] for x in (costs, returns)]
     cell = np.digitize(costs, edges[0]) * GRID + np.digitize(returns, edges[1])
-    order, cells = np.random.default_rng(seed).permutation(len(cell)), {}
-    for e in order:
+    cells: dict[int, list[int]] = {}
+    for e in np.random.default_rng(seed).permutation(len(cell)):
         cells.setdefault(cell[e], []).append(e)
-    rank = np.empty(len(cell), int)  # in its cell
     for members in cells.values():
         members.insert(0, members.pop(returns[members].argmax()))
-        rank[members] = range(len(members))
-    order = order[np.argsort(rank[order] > 0, kind="stable")]
-    per_cell = (np.bincount(rank).cumsum() <= keep).sum()
-    chosen = order[rank[order] < per_cell]
-    filling = order[rank[order] == per_cell][: keep - len(chosen)]  # from the next, while it fits
-    return np.sort(list(dict.fromkeys([*leaders, *chosen, *filling]))[:keep])
+    in_turn = chain.from_iterable(zip_longest(*cells.values()))  # one of each cell, again and again
+    chosen = dict.fromkeys(e for e in (*leaders, *in_turn) if e is not None)
+    return np.sort(list(chosen)[:keep])
+
+
+def save(content: memoryview, output: Path) -> tuple[Path, list[str]]:
+    """Write a file, or the same in a folder that has room; its path, and what went wrong before.
+
+    Raises:
+        TrainingError: there is no room anywhere.
+    """
+    spare, failures = f"collected-{secrets.token_hex(4)}.hdf5", []
+    folders = (os.environ.get("TMPDIR", "/tmp"), os.path.expanduser("~"), "/dev/shm")
+    for path in (output, *(Path(folder, spare) for folder in folders)):
+        try:
+            with whole_file(path) as part:
+                part.write_bytes(content)
+            return path, failures
+        except OSError as error:
+            failures.append(str(error))
+    raise TrainingError("; ".join(failures))
+
+
+def train(args: Args, task: Task, max_cost: float, iterations: int) -> Iterator[list[Episode]]:
+    """Train the experts; after each step of all environments, yield the episodes that it ended.
+
+    Raises:
+        TrainingError: an environment failed, a worker is gone, or an expert has diverged.
+    """
+    spawn, pipes = multiprocessing.get_context("spawn"), []
+    for share in np.array_split(np.arange(args.envs), min(args.workers or cpu_cores(), args.envs)):
+        ours, theirs = spawn.Pipe()
+        arguments = (theirs, task.env_id, share.tolist(), args.seed)
+        with no_interrupts():
+            spawn.Process(target=serve, args=arguments, daemon=True).start()
+        theirs.close()
+        pipes.append(ours)
+
+    torch.set_num_threads(1)  # the workers need the cores, and sums keep their order
+    torch.manual_seed(args.seed)
+    n = args.envs // args.experts
+    experts = Experts(args.experts, task.observation_dim, task.action_dim, args.hidden_size)
+    optimizer = torch.optim.Adam(experts.parameters(), lr=args.lr, fused=True)
+    rows = []  # what each step brought, [M, n, ...] each
+    began = np.zeros((args.experts, n), int)  # the row that an episode began in
+
+    # running moments: of observations, shared by all experts; of values, [M, 1, 2]
+    count, mean, variance = 1e-4, np.zeros(task.observation_dim), np.ones(task.observation_dim)
+    value_mean, value_std = torch.zeros(args.experts, 1, 2), torch.ones(args.experts, 1, 2)
+    integral = np.zeros(args.experts)
+    mean_cost = limits_at(0.0, args.experts, args, max_cost)  # of the latest episodes
+
+    def normal(observations: np.ndarray) -> Tensor:
+        """Scale each dimension to mean 0 and deviation 1."""
+        scaled = ((observations - mean) / np.sqrt(variance + 1e-8)).clip(-10, 10)
+        return torch.from_numpy(np.float32(scaled))
+
+    (observations,) = answers(pipes, args.experts)
+    for iteration in range(iterations):
+        progress = iteration / iterations
+        limit = limits_at(progress, args.experts, args, max_cost)
+        std = args.std_start * (args.std_end / args.std_start) ** progress
+
+        # 1. act, with noise
+        spent = [[] for _ in range(args.experts)]  # costs of the episodes that end
+        for _ in range(args.rollout):
+            with torch.no_grad():
+                action = experts("actor", normal(observations))  # [M, n, action_dim]
+                action += std * torch.randn(action.shape)
+            if not action.isfinite().all():
+                raise TrainingError(f"an expert has diverged by iteration {iteration}; lower --lr")
+            shares = np.array_split(action.numpy().reshape(args.envs, -1), len(pipes))
+            following, *told, terminated, timed_out = answers(pipes, args.experts, shares)
+            rows.append((observations, *told, terminated, timed_out, action.numpy()))
+            observations, finished = following, []
+            for m, i in np.argwhere(terminated | timed_out):
+                steps = [[x[m, i] for x in row] for row in rows[began[m, i] :]]
+                by_key = zip(KEYS, zip(*steps, strict=True), strict=False)  # without what was drawn
+                finished.append({key: np.array(x) for key, x in by_key})
+                spent[m].append(finished[-1]["costs"].sum())
+                began[m, i] = len(rows)
+            yield finished
+        arrays = map(np.stack, zip(*rows[-args.rollout :], strict=True))
+        seen, after, _, rewards, costs, terminals, timeouts, drawn = arrays  # [T, M, n, ...] each
+        rows, began = rows[began.min() :], began - began.min()
+
+        # 2. the multipliers
+        for m, totals in enumerate(spent):
+            if totals:
+                mean_cost[m] += min(1, len(totals) / n) * (np.mean(totals) - mean_cost[m])
+        excess = (mean_cost - limit) / max_cost
+        integral = (integral + MULTIPLIER_I * excess).clip(0, MULTIPLIER_MAX)
+        multiplier = (integral + MULTIPLIER_P * excess).clip(0, MULTIPLIER_MAX)
+
+        # 3. advantages
+        observation, action = normal(seen), torch.from_numpy(drawn)
+        scores = torch.from_numpy(np.stack((rewards, costs), -1))
+        ends = np.float32((terminals, terminals | timeouts))[..., None]
+        with torch.no_grad():
+            old = log_prob(experts("actor", observation), std, action)
+            value = experts("critic", observation) * value_std + value_mean
+            next_value = experts("critic", normal(after)) * value_std + value_mean
+            gains = generalised_advantage(scores, value, next_value, *torch.from_numpy(ends))
+            observation, action, old, value, gains = (
+                x.movedim(0, 1).flatten(1, 2) for x in (observation, action, old, value, gains)
+            )  # [M, T * n, ...] each
+            target = value + gains
+            advantage = lagrangian_advantage(gains, torch.from_numpy(np.float32(multiplier)))
+            # The critics' outputs have mean 0 and deviation 1; when those moments move, the last
+            # layer moves with them and no value changes (PopArt, van Hasselt et al. 2016).
+            rate = 1.0 if iteration == 0 else 0.1
+            new_mean = value_mean + rate * (target.mean(1, keepdim=True) - value_mean)
+            new_std = value_std + rate * (target.std(1, keepdim=True) + 1e-3 - value_std)
+            weight, bias = experts.weights["critic2"], experts.biases["critic2"]
+            bias.copy_((bias * value_std + value_mean - new_mean) / new_std)
+            weight.mul_(value_std / new_std)
+            value_mean, value_std = new_mean, new_std
+            target = (target - value_mean) / value_std
+
+        # 4. PPO
+        for _ in range(args.epochs):
+            shuffled = torch.randperm(args.rollout * n)
+            for batch in shuffled.split(args.batch_size):
+                new = log_prob(experts("actor", observation[:, batch]), std, action[:, batch])
+                actor = ppo_loss(new, old[:, batch], advantage[:, batch])  # [M]
+                error = experts("critic", observation[:, batch]) - target[:, batch]
+                loss = (actor + 0.5 * error.square().mean((1, 2))).sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+        # 5. moments of the observations (Chan et al. 1979)
+        seen = np.float64(seen).reshape(-1, task.observation_dim)
+        count += len(seen)
+        weight, shift = len(seen) / count, seen.mean(0) - mean
+        variance += weight * (seen.var(0) - variance + (1 - weight) * shift**2)
+        mean += weight * shift
 
 
 def main() -> None:
@@ -294,11 +405,11 @@ def main() -> None:
     if args.std_start <= 0 or args.std_end <= 0:
         raise UserError("--std-start and --std-end must be above 0")
     task = get_task(args.task, args.env_id)
-    max_cost, min_return, keep = args.max_cost, -math.inf, 1000
+    max_cost, min_return, keep = 0.0, -math.inf, 1000
     if task.suite != "own":  # what DSRL's own file has
-        max_cost = max_cost or infos().MAX_EPISODE_COST[task.name]
-        min_return = reference_returns(task)[0]
+        max_cost, (min_return, _) = infos().MAX_EPISODE_COST[task.name], reference_returns(task)
         keep = int(task.dsrl_file.removesuffix(".hdf5").split("-")[-1])
+    max_cost = max_cost if args.max_cost is None else args.max_cost
     if not max_cost:
         raise UserError(f"--max-cost: say how much an episode of {task.name} may cost, above 0")
     min_return = min_return if args.min_return is None else args.min_return
@@ -306,168 +417,46 @@ def main() -> None:
     check_output(output)
     check_installed()
 
-    # a share of the environments is stepped here, the others by workers meanwhile
-    started = time.time()
-    shares = np.array_split(np.arange(args.envs), min(args.workers or cpu_cores(), args.envs))
-    spawn, pipes = multiprocessing.get_context("spawn"), []
-    for share in shares[1:]:
-        ours, theirs = spawn.Pipe()
-        arguments = (theirs, task.env_id, share.tolist(), args.seed)
-        spawn.Process(target=serve, args=arguments, daemon=True).start()
-        theirs.close()
-        pipes.append(ours)
-    own = Share(task.env_id, shares[0].tolist(), args.seed)
-    (observations,) = joined([np.float32(own.following)], pipes)
-
-    torch.set_num_threads(1)  # the workers need the cores, and sums keep their order
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    n = args.envs // args.experts
-    experts = Experts(args.experts, task.observation_dim, task.action_dim, args.hidden_size)
-    optimizer = torch.optim.Adam(experts.parameters(), lr=args.lr, fused=True)
-    low, high = np.float32(task.action_low), np.float32(task.action_high)
-    unfinished: list[Episode] = [{} for _ in range(args.envs)]
+    failures = []
     candidates: list[tuple[float, float, Episode]] = []  # cost, return, and what was played
-
-    # running moments: of observations, shared by all experts; of values, [M, 1, 2]
-    count, mean, variance = 1e-4, np.zeros(task.observation_dim), np.ones(task.observation_dim)
-    value_mean, value_std = torch.zeros(args.experts, 1, 2), torch.ones(args.experts, 1, 2)
-    integral = np.zeros(args.experts)
-    mean_cost = np.full(args.experts, np.nan)  # of the latest episodes
-
-    def normal(observations: np.ndarray) -> Tensor:
-        """[..., envs, .] -> [M, ..., n, .], each dimension scaled to mean 0 and deviation 1."""
-        scaled = ((observations - mean) / np.sqrt(variance + 1e-8)).clip(-10, 10)
-        shape = (*observations.shape[:-2], args.experts, n, observations.shape[-1])
-        return torch.from_numpy(scaled.astype(np.float32)).view(shape).movedim(-3, 0)
-
-    def per_expert(array: np.ndarray) -> Tensor:
-        """[T, envs, ...] -> [M, T * n, ...]."""
-        shape = (args.rollout, args.experts, n, *array.shape[2:])
-        return torch.from_numpy(np.float32(array)).view(shape).movedim(1, 0).flatten(1, 2)
-
     iterations = -(-args.steps // (args.rollout * args.envs))
-    bar = progress_bar(total=iterations)
-    for iteration in range(iterations):
-        progress = iteration / iterations
-        limit = limits_at(progress, args.experts, args, max_cost)
-        std = args.std_start * (args.std_end / args.std_start) ** progress
-
-        # 1. act, with noise
-        rows = []
-        for _ in range(args.rollout):
-            with torch.no_grad():
-                action = experts("actor", normal(observations))  # [M, n, action_dim]
-                action += std * torch.randn(action.shape, generator=generator)
-            drawn = action.reshape(args.envs, -1).numpy()
-            played = low + (drawn.clip(-1, 1) + 1) / 2 * (high - low)
-            for pipe, share in zip(pipes, shares[1:], strict=True):
-                pipe.send(played[share])
-            following, final, scores = joined(own.step(played[shares[0]]), pipes)
-            reward, terminated, truncated, cost = scores.T
-            ended = (terminated > 0, (truncated > 0) & (terminated == 0))
-            scores = (np.float32(reward), np.float32(cost), *ended)
-            rows.append((observations, final, played, *scores, drawn))
-            observations = following
-        *kept, drawn = (np.stack(x) for x in zip(*rows, strict=True))  # [T, envs, ...] each
-        rollout = dict(zip(KEYS, kept, strict=True))
-        episodes = finished_episodes(unfinished, rollout)
-        for episode in chain.from_iterable(episodes):
-            cost, total = float(episode["costs"].sum()), float(episode["rewards"].sum())
-            if cost <= max_cost and total >= min_return:
+    steps = train(args, task, max_cost, iterations)
+    bar = progress_bar(iterable=steps, total=iterations * args.rollout)
+    try:
+        for episode in chain.from_iterable(bar):
+            cost, total = (episode[key].sum(dtype=np.float64) for key in ("costs", "rewards"))
+            if within(cost, max_cost) and total >= min_return:
                 candidates.append((cost, total, episode))
-
-        # 2. the multipliers
-        for m in range(args.experts):
-            costs = [e["costs"].sum() for ended in episodes[m * n : (m + 1) * n] for e in ended]
-            if costs:
-                weight = 1 if np.isnan(mean_cost[m]) else min(1, len(costs) / n)
-                before = np.nan_to_num(mean_cost[m]) * (1 - weight)
-                mean_cost[m] = before + weight * np.mean(costs)
-        excess = np.nan_to_num(mean_cost - limit) / max_cost
-        integral = (integral + MULTIPLIER_I * excess).clip(0, MULTIPLIER_MAX)
-        multiplier = (integral + MULTIPLIER_P * excess).clip(0, MULTIPLIER_MAX)
-
-        # 3. advantages
-        observation = normal(rollout["observations"]).flatten(1, 2)  # [M, T * n, .]
-        action = per_expert(drawn)
-        scores = per_expert(np.stack((rollout["rewards"], rollout["costs"]), -1))
-        terminated = per_expert(rollout["terminals"][..., None])
-        ended = per_expert((rollout["terminals"] | rollout["timeouts"])[..., None])
-        with torch.no_grad():
-            old = log_prob(experts("actor", observation), std, action)
-            value = experts("critic", observation) * value_std + value_mean
-            after = normal(rollout["next_observations"]).flatten(1, 2)
-            next_value = experts("critic", after) * value_std + value_mean
-            by_time = [
-                x.view(args.experts, args.rollout, n, -1).movedim(1, 0)
-                for x in (scores, value, next_value, terminated, ended)
-            ]
-            gains = generalised_advantage(*by_time)
-            gains = gains.movedim(0, 1).flatten(1, 2)  # [M, T * n, 2]
-            target = value + gains
-            advantage = lagrangian_advantage(gains, torch.from_numpy(np.float32(multiplier)))
-            # The critics' outputs have mean 0 and deviation 1, whatever rewards are like; when
-            # those moments move, the last layer moves with them and no value changes (PopArt,
-            # van Hasselt et al. 2016).
-            step = 1.0 if iteration == 0 else 0.1
-            new_mean = value_mean + step * (target.mean(1, keepdim=True) - value_mean)
-            new_std = value_std + step * (target.std(1, keepdim=True) + 1e-3 - value_std)
-            weight, bias = experts.weights["critic2"], experts.biases["critic2"]
-            bias.copy_((bias * value_std + value_mean - new_mean) / new_std)
-            weight.mul_(value_std / new_std)
-            value_mean, value_std = new_mean, new_std
-            target = (target - value_mean) / value_std
-
-        # 4. PPO
-        for _ in range(args.epochs):
-            shuffled = torch.randperm(args.rollout * n, generator=generator)
-            for batch in shuffled.split(args.batch_size):
-                new = log_prob(experts("actor", observation[:, batch]), std, action[:, batch])
-                actor = ppo_loss(new, old[:, batch], advantage[:, batch])  # [M]
-                error = experts("critic", observation[:, batch]) - target[:, batch]
-                loss = (actor + 0.5 * error.square().mean((1, 2))).sum()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        if not torch.isfinite(loss):
-            raise TrainingError(f"the loss is not finite in iteration {iteration}; lower --lr")
-
-        # 5. moments of the observations (Chan et al. 1979)
-        seen = rollout["observations"].reshape(-1, task.observation_dim).astype(np.float64)
-        total, shift = count + len(seen), seen.mean(0) - mean
-        mean = mean + shift * len(seen) / total
-        within, between = seen.var(0) * len(seen), shift**2 * count * len(seen) / total
-        variance, count = (variance * count + within + between) / total, total
-        bar.update()
-        best = max((total for _, total, _ in candidates), default=math.nan)
-        bar.set_postfix_str(f"{len(candidates)} candidates, best return {best:.0f}", refresh=False)
-    bar.close()
-
+                bar.set_postfix(candidates=len(candidates), refresh=False)
+    except TrainingError as error:
+        failures.append(str(error))
     if not candidates:
-        raise TrainingError("no episode is to be kept; give a larger --max-cost or more --steps")
-    costs, returns, episodes = zip(*candidates, strict=True)
-    costs, returns = np.asarray(costs), np.asarray(returns)
+        raise TrainingError(*failures or ["no episode is kept; give more --max-cost or --steps"])
+    costs, returns = np.array([(cost, total) for cost, total, _ in candidates]).T
     chosen = thin(costs, returns, args.episodes or keep, args.seed, args.best_within)
     packages = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "safety-gymnasium")
     attributes = {
         "provenance": "PPO-Lagrangian experts, thinned; made by common/tools/collect.py of PreSa",
-        "command": " ".join(["python common/tools/collect.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "common/tools/collect.py", *sys.argv[1:]]),
         "environment": task.env_id,
         "versions": ", ".join(f"{p} {version(p)}" for p in packages),
         "seed": str(args.seed),
         "settings": str(args),
     }
-    left_out = () if args.next_observations else ("next_observations",)
-    with whole_file(output) as part, h5py.File(part, "w") as file:
-        for key in (key for key in KEYS if key not in left_out):
-            array = np.concatenate([episodes[e][key] for e in chosen])
-            file.create_dataset(key, data=array, compression="gzip", shuffle=True)
-        file.attrs.update(attributes)
-    print(
-        f"{output}: {len(chosen)} of {len(costs)} episodes, {time.time() - started:.0f} s; "
-        "python common/tools/card.py shows it"
-    )
+    buffer = io.BytesIO()  # HDF5 itself crashes on a full disk
+    with h5py.File(buffer, "w") as file:
+        for key in KEYS:
+            if args.next_observations or key != "next_observations":
+                array = np.concatenate([candidates[e][2][key] for e in chosen])
+                file.create_dataset(key, data=array, compression="gzip", shuffle=True)
+        for name, text in attributes.items():  # a file's name may be any bytes
+            file.attrs[name] = text.encode(errors="backslashreplace").decode()
+    path, refused = save(buffer.getbuffer(), output)
+    which = ["--env-id", args.env_id] if args.env_id else [task.name]
+    card = shlex.join(["python", "common/tools/card.py", *which, "--data", str(path)])
+    print(f"{path}: {len(chosen)} of {len(candidates)} episodes; {card} shows it", flush=True)
+    if failures + refused:
+        raise TrainingError(f"{'; '.join(failures + refused)}; what was collected is in {path}")
 
 
 if __name__ == "__main__":

@@ -6,23 +6,42 @@
 The training seed fixes the episodes: of more, the first are those of fewer.
 """
 
-import contextlib
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.args import UserError, parse_args, run_main
+from common.args import TrainingError, UserError, parse_args, run_main
 from common.evaluation import Evaluator, score_runs
 from common.results import summary
-from common.tasks import get_task, reference_returns
+from common.tasks import TASKS, get_task, reference_returns
+from common.tools.tables import About, Number, reason
 
 import torch
 import tyro
+from pydantic import ValidationError, model_validator
 
-FORM = {"algorithm": str, "task": str, "data": dict, "config": dict, "parameters": dict}
-FORM |= {"seeds": list, "cost_limits": list, "env_id": str | None, "reward_range": tuple | None}
+
+class Policy(About, arbitrary_types_allowed=True):
+    """A ``policy.pt``: parameters are [S * K, ...], or [S, ...] of one policy for all limits."""
+
+    env_id: str | None  # of one's own environment
+    reward_range: tuple[Number, Number] | None  # r_min, r_max; none: trained without evaluation
+    parameters: dict[str, torch.Tensor]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Policy":
+        if not self.env_id and self.task not in TASKS:
+            raise ValueError(f"task: {self.task} is not one of the {len(TASKS)}")
+        seeds, (low, high) = len(self.seeds), self.reward_range or (0, 1)
+        counts = {p.shape[0] if p.ndim else 0 for p in self.parameters.values()}
+        if counts not in ({seeds}, {seeds * len(self.cost_limits)}):
+            raise ValueError("parameters must be of a policy for each seed, or each at each limit")
+        if low >= high or (self.env_id and not self.reward_range):
+            raise ValueError("reward_range must be the lowest and the highest return")
+        return self
 
 
 @dataclass
@@ -41,24 +60,30 @@ def main() -> None:
     args = parse_args(Args)
     path = args.policy / "policy.pt" if args.policy.is_dir() else args.policy
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        fits = all(isinstance(saved[key], kind) for key, kind in FORM.items())
-    except Exception:  # what unpickling a file of another kind raises is anyone's guess
-        fits = False
-    if not fits:
-        raise UserError(f"{path}: is no policy.pt that a run has left")
-    named = saved["env_id"]
+        if zipfile.ZipFile(path).testzip():  # torch looks at no checksum
+            raise ValueError
+        policy = Policy(**torch.load(path, weights_only=True, map_location="cpu"))
+    except Exception as error:  # what unpickling a file of another kind raises is anyone's guess
+        why = reason(error) if isinstance(error, ValidationError) else "damaged, or something else"
+        raise UserError(f"{path}: is no policy.pt that a run has left ({why})") from None
+    named = policy.env_id
     if named != args.env_id:  # making an environment runs its code, so a file may not choose it
         right = f"give --env-id {named} if you trust it" if named else "leave --env-id out"
-        raise UserError(f"{path}: is a policy for {named or saved['task']}; {right}")
-    task = get_task(saved["task"], args.env_id)
-    runs = [{"cost_limit": k, "seed": s} for s in saved["seeds"] for k in saved["cost_limits"]]
-    with contextlib.closing(Evaluator(task, saved["algorithm"], args.episodes, len(runs))) as each:
-        played = each.play(saved["config"], saved["parameters"], saved["seeds"])
-    reward_range = saved["reward_range"] or reference_returns(task)  # trained without evaluation
-    scores = score_runs(runs, *played, reward_range)
-    results = [{**run, **score} for run, score in zip(runs, scores, strict=True)]
-    print(summary({**saved, "runs": results}, {}))
+        raise UserError(f"{path}: is a policy for {named or policy.task}; {right}")
+    task = get_task(policy.task, args.env_id)
+    runs = [{"cost_limit": k, "seed": s} for s in policy.seeds for k in policy.cost_limits]
+    evaluator = Evaluator(task, policy.algorithm, args.episodes, len(runs))
+    try:
+        played = evaluator.play(policy.config, policy.parameters, policy.seeds)
+    except TrainingError:
+        raise
+    except Exception as error:  # the configuration and the parameters may not fit each other
+        raise UserError(f"{path}: its policies cannot be played: {reason(error)}") from None
+    evaluator.pool.shutdown()
+    scores = score_runs(runs, *played, policy.reward_range or reference_returns(task))
+    results = {**policy.model_dump(exclude={"parameters"}), "task": task.name}
+    results["runs"] = [{**run, **score} for run, score in zip(runs, scores, strict=True)]
+    print(summary(results, {}))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.args import whole_file
+from common.dataset import within
 from common.tasks import TASKS
 from common.tools.tables import SCORES, Result, interval, suite, titles
 
@@ -16,7 +17,8 @@ import matplotlib.pyplot as plt
 
 WIDTH = 3.3  # inches, a column of the paper
 LOOKS = ("o-", "s--", "D-.", "^:", "v-", "P--", "*-.", "X:")  # of lines
-plt.rcParams.update({"font.size": 7, "axes.titlesize": 7, "legend.fontsize": 6, "savefig.dpi": 300})
+plt.rcParams |= {"font.size": 7, "axes.titlesize": 7, "legend.fontsize": 6, "savefig.dpi": 300}
+plt.rcParams["text.parse_math"] = False  # a flag's value may hold a "$"
 
 
 def draw_all(results: Sequence[Result], folder: Path) -> Iterator[Path]:
@@ -32,7 +34,7 @@ def draw_all(results: Sequence[Result], folder: Path) -> Iterator[Path]:
             figures[f"figure4-{flag}"] = against_flag(swept, flag)
         else:
             figures[f"figure3-{flag}"] = scatter(swept)
-    curves = [r for r in grid if len(r.held.get("curve", {"step": ()})["step"]) > 1]
+    curves = [r for r in grid if r.curve and len(r.curve.step) > 1]
     for algorithm, name in dict.fromkeys((r.algorithm, suite(r.task)) for r in curves):
         mine = [r for r in curves if (r.algorithm, suite(r.task)) == (algorithm, name)]
         figures[f"figure6-{algorithm}-{name.lower()}"] = learning_curves(mine)
@@ -58,7 +60,7 @@ def safe_shares(grid: Sequence[Result]) -> plt.Figure:
         safe = {method: [] for method in methods}
         for result in grid:
             if suite(result.task) == name:
-                safe[result.algorithm].append(result.scores()[1] <= 1)
+                safe[result.algorithm].append(within(result.scores()[1], 1))
         shares = [np.mean(x) if x else np.nan for x in safe.values()]
         width, grey = 0.8 / len(suites), str(0.8 - 0.25 * i)
         at = np.arange(len(methods)) + (i + 0.5) * width - 0.4
@@ -81,7 +83,7 @@ def scatter(results: Sequence[Result]) -> plt.Figure:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):
         for reward, cost in (r.scores().mean((1, 2)) for r in results if r.name == name):
-            color, marker = ("tab:green", "o") if cost <= 1 else ("tab:red", "x")
+            color, marker = ("tab:green", "o") if within(cost, 1) else ("tab:red", "x")
             axis.plot(cost, reward, marker, color=color, markersize=4)
         axis.axvline(1, color="tab:blue", linestyle=":", linewidth=1)
         axis.set_title(textwrap.fill(name, 20), fontsize=6)
@@ -131,13 +133,13 @@ def learning_curves(results: Sequence[Result]) -> plt.Figure:
     """
     figure, axes = task_panels([result.task for result in results], "gradient steps")
     for row, result in zip(axes, results, strict=True):
-        curve = result.held["curve"]
+        curve = result.curve
         for axis, name in zip(row, SCORES, strict=True):
-            values = np.array(curve[name])  # [points, S * K]
-            seeds = values.reshape(len(values), len(result.held["seeds"]), -1).mean(2)
-            axis.plot(curve["step"], seeds.mean(1), color="black", linewidth=1)
-            axis.fill_between(curve["step"], seeds.min(1), seeds.max(1), color="0.8", linewidth=0)
-            if curve["stage_ends"]:
-                axis.axvline(curve["stage_ends"], color="gray", linestyle=":", linewidth=1)
+            values = np.array(getattr(curve, name))  # [points, S * K]
+            seeds = values.reshape(len(values), len(result.seeds), -1).mean(2)
+            axis.plot(curve.step, seeds.mean(1), color="black", linewidth=1)
+            axis.fill_between(curve.step, seeds.min(1), seeds.max(1), color="0.8", linewidth=0)
+            if curve.stage_ends:
+                axis.axvline(curve.stage_ends, color="gray", linestyle=":", linewidth=1)
     figure.suptitle(f"{results[0].name}, {suite(results[0].task)}", fontsize=7)
     return figure

@@ -3,12 +3,15 @@
 import fcntl
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.args import printable
 
 
 @dataclass
@@ -19,6 +22,7 @@ class Job:
     folder: Path
     script: Path
     flags: list[str]
+    code: int = 0  # that it ended with
 
     def results(self) -> Path | None:
         """Its results.json, where it has ended well."""
@@ -33,7 +37,8 @@ class Job:
         """The last line of its log, and where that is."""
         log = self.folder / "log.txt"
         last = log.read_text(errors="replace").replace("\r", "\n").strip().split("\n")[-1]
-        return f"{''.join(last.partition('error: ')[1:]) or last} ({log})"  # a bar may stand before
+        last = "".join(last.partition("error: ")[1:]) or last  # a bar may stand before
+        return printable(f"{last} (exit code {self.code}, {log})")
 
     def start(self, launcher: Sequence[str], cores: Sequence[int]) -> subprocess.Popen | None:
         """Start it, or go on from its checkpoint; None: it is running already.
@@ -80,6 +85,9 @@ def run_jobs(jobs: Sequence[Job], workers: int, launcher: Sequence[str] = ()) ->
     if not launcher and hasattr(os, "sched_getaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         shares = [cores[worker % len(cores) :: workers] for worker in range(workers)]
+    came, handlers = [], {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:  # in the midst of a start one would leave a process alone
+        signal.signal(number, lambda *heard: came.append(heard))
     try:
         while waiting or running:
             idle = [worker for worker in range(workers) if worker not in running]
@@ -93,19 +101,25 @@ def run_jobs(jobs: Sequence[Job], workers: int, launcher: Sequence[str] = ()) ->
                 else:
                     waiting.append(job)  # another command runs it
             time.sleep(0.1)
+            for number, frame in came:
+                handlers[number](number, frame)
             for worker, (job, process, before) in tuple(running.items()):
                 if process.poll() is None:
                     continue
                 del running[worker]
-                if process.returncode < 0:
-                    with open(job.folder / "log.txt", "a") as log:
-                        print(f"\nended by signal {-process.returncode}", file=log)
+                job.code = process.returncode
                 if job.results() or job.checkpoints() == before:
                     yield job
                 else:
                     waiting.append(job)
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for _, process, _ in running.values():
             process.terminate()
+        end = time.monotonic() + 0.7  # this program has to end within two seconds
         for _, process, _ in running.values():
-            process.wait()
+            try:
+                process.wait(max(0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()

@@ -4,9 +4,10 @@
     python algorithms/presa.py --task BallRun --cost-limits 20 --feedback pairs.npz
 
 The labels are synthetic, made from rewards and costs, so the file serves as it is; people put their
-own in their place. ``common/feedback.py`` says what the file holds.
+own in their place, ``safe_label`` 0 where they cannot tell. ``common/feedback.py`` has the form.
 """
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,16 +56,18 @@ def main() -> None:
     size = {"segment_length": args.segment_length, "num_pairs": args.num_pairs}
     labelled = LabelArgs(seeds=(args.seed,), cost_limits=(limit,), **size)
     feedback = get_feedback(dataset, task, labelled)
-    with whole_file(args.output) as part, open(part, "wb") as file:
-        np.savez_compressed(
-            file,
-            segment_starts=feedback.segment_starts[0],
-            preference=feedback.preference[0],
-            safe_label=feedback.safe_label[0, 0],
-            cost_preference=feedback.cost_preference[0],
-            segment_length=feedback.segment_length,
-            dataset_sha256=dataset.sha256,
-        )
+    buffer = io.BytesIO()  # numpy would print a traceback where the disk is full
+    np.savez_compressed(
+        buffer,
+        segment_starts=feedback.segment_starts[0],
+        preference=feedback.preference[0, 0],
+        safe_label=feedback.safe_label[0, 0],
+        cost_preference=feedback.cost_preference[0, 0],
+        segment_length=feedback.segment_length,
+        dataset_sha256=dataset.sha256,
+    )
+    with whole_file(args.output) as part:
+        part.write_bytes(buffer.getvalue())
     print(
         f"{args.output}: {args.num_pairs} pairs of segments of {feedback.segment_length} steps, "
         f"{(feedback.safe_label == 1).mean():.0%} of them safe at the limit {limit:g}"

@@ -8,17 +8,19 @@ limits (of a mean over tasks: the limits of all of them).
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from common.args import OutputArgs, TaskArgs, UserError
+from common.args import OutputArgs, TaskArgs, UserError, printable
+from common.dataset import within
 from common.evaluation import ALGORITHMS, load_script
 from common.tasks import TASKS, segment_length
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 # Flags of every script that say on what and how it is run, not what the method is.
 SHARED = {field.name for args in (TaskArgs, OutputArgs) for field in dataclasses.fields(args)}
@@ -30,23 +32,74 @@ LEGEND = """Normalised reward / normalised cost; in bold what is safe (a cost of
 brackets how many runs are safe. The paper's numbers are on its own data."""
 INTERVALS = """Means with 95 % intervals, by a stratified bootstrap of the runs (within each cost \
 limit the seeds are drawn anew), and the cost of the worst run:"""
+RANGE = Field(ge=-1e15, le=1e15, allow_inf_nan=False)  # what a table and an axis can show
+Number = Annotated[float, RANGE]
 
 
 # ----------------------------------------------------------------------------------------- results
 
 
-@dataclass
-class Result:
-    """One ``results.json``: a method on a task."""
+class Data(BaseModel, strict=True):
+    """What a run was trained on."""
 
-    path: Path
-    held: dict[str, Any]  # the file
-    flags: dict[str, Any]  # the method's own, by field, as the run had them
-    change: dict[str, Any]  # those of them that are not the script's defaults
-    varied: set[str]  # and of these the fields in which it differs from the main grid
+    source: Literal["dsrl", "bundled", "file"]
+    sha256: str
 
-    def __post_init__(self):
-        self.algorithm, self.task = self.held["algorithm"], self.held["task"]
+
+class About(BaseModel, strict=True):
+    """What ``results.json`` and ``policy.pt`` say of a run of S seeds x K cost limits."""
+
+    algorithm: str
+    task: str
+    data: Data
+    seeds: list[int] = Field(min_length=1)
+    cost_limits: list[Annotated[Number, Field(ge=0)]] = Field(min_length=1)
+    config: dict[str, bool | Annotated[int, RANGE] | Number | str | list | tuple | dict | None]
+
+
+class Scores(BaseModel, strict=True):
+    """Of the last policy of one run; none where it was not evaluated."""
+
+    seed: int
+    cost_limit: float
+    normalized_reward: Number | None = None
+    normalized_cost: Number | None = None
+
+
+class Curve(BaseModel, strict=True):
+    """Scores at n steps, [n, S * K] each; pretraining stopped at the step ``stage_ends``."""
+
+    step: list[Number]
+    stage_ends: Number
+    normalized_reward: list[list[Number]]
+    normalized_cost: list[list[Number]]
+
+
+class Result(About):
+    """An evaluated ``results.json``, as far as it is read: a method on a task."""
+
+    eval_episodes: int
+    checkpoint: str
+    versions: dict[str, str]
+    runs: list[Scores]  # seed by seed, limit by limit
+    curve: Curve | None = None
+    # what is not in the file
+    path: Path = Path()
+    flags: dict[str, Any] = {}  # the method's own, by field, as the run had them
+    change: dict[str, Any] = {}  # those of them that are not the script's defaults
+    varied: set[str] = set()  # and of these the fields in which it differs from the main grid
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Result":
+        if any(getattr(run, name) is None for run in self.runs for name in SCORES):
+            raise ValueError("the run was not evaluated")
+        runs = [(run.seed, run.cost_limit) for run in self.runs]
+        if runs != list(itertools.product(self.seeds, self.cost_limits)):
+            raise ValueError("runs must be those of seeds and cost_limits, in their order")
+        for scores in (getattr(self.curve, name) for name in SCORES if self.curve):
+            if [len(row) for row in scores] != [len(runs)] * len(self.curve.step):
+                raise ValueError("curve must have a score for each run at each step")
+        return self
 
     @property
     def label(self) -> str:
@@ -57,7 +110,7 @@ class Result:
             if not isinstance(value, bool):
                 values = value if isinstance(value, list) else [value]
                 words += [f"{x:g}" if isinstance(x, float) else str(x) for x in values]
-        return " ".join(words)
+        return printable(" ".join(words))
 
     @property
     def name(self) -> str:
@@ -66,43 +119,46 @@ class Result:
 
     def scores(self) -> np.ndarray:
         """Scores of the last policies."""
-        scores = [[run[x] for run in self.held["runs"]] for x in SCORES]
-        return np.array(scores).reshape(2, len(self.held["seeds"]), -1)
+        scores = [[getattr(run, x) for run in self.runs] for x in SCORES]
+        return np.array(scores).reshape(2, len(self.seeds), -1)
 
     def reference(self) -> np.ndarray | None:
         """Scores of the policies when pretraining stopped; None: there was none."""
-        curve = self.held.get("curve", {"step": [], "stage_ends": 0})
-        if curve["stage_ends"] not in curve["step"]:
+        curve = self.curve
+        if curve is None or curve.stage_ends not in curve.step:
             return None
-        scores = [curve[x][curve["step"].index(curve["stage_ends"])] for x in SCORES]
-        return np.array(scores).reshape(2, len(self.held["seeds"]), -1)
+        scores = [getattr(curve, x)[curve.step.index(curve.stage_ends)] for x in SCORES]
+        return np.array(scores).reshape(2, len(self.seeds), -1)
+
+
+def reason(error: Exception) -> str:
+    """What an error says in one line; of all that is wrong with a file's form, the first."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    first = error.errors()[0]
+    where = "".join(f"{x}." for x in first["loc"])[:-1]
+    return f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
 
 
 def read_results(paths: Iterable[Path]) -> list[Result]:
-    """Every evaluated result in the files and folders given; says why others are left out.
-
-    Raises:
-        UserError: a file is not there or no JSON.
-    """
+    """Every evaluated result in the files and folders given; says why others are left out."""
     files, results = [], []
     for path in paths:
         files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
     for file in files:
-        try:
-            held = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"--results: {file} cannot be read as JSON: {error}") from None
-        if not isinstance(held, dict) or not {"algorithm", "task", "runs"} <= held.keys():
+        if file.name.startswith(("config.", "wandb-")):
             continue  # another file that a run leaves
         try:
-            if held["task"] not in TASKS or "normalized_cost" not in held["runs"][0]:
-                raise UserError(f"not one of the {len(TASKS)} tasks, or not evaluated")
-            had, default = method_flags(held, script_args(held["algorithm"])())
-        except UserError as error:
-            print(f"left out: {file}: {error}")
+            result = Result.model_validate_json(file.read_bytes())
+            if result.task not in TASKS:
+                raise UserError(f"{result.task} is not one of the {len(TASKS)} tasks")
+            result.flags, default = method_flags(result, script_args(result.algorithm)())
+        except (ValidationError, UserError) as error:
+            print(f"left out: {printable(f'{file}: {reason(error)}')}")
             continue
-        change = {field: had[field] for field in sorted(had) if had[field] != default[field]}
-        results.append(Result(file, held, had, change, set()))
+        result.change = {k: x for k, x in sorted(result.flags.items()) if x != default[k]}
+        result.path = file
+        results.append(result)
     for result in results:
         mine = [other.change for other in results if other.algorithm == result.algorithm]
         # The main grid's flags: the defaults, or what else all the method's results have in common.
@@ -122,20 +178,25 @@ def script_args(name: str) -> type:
         raise UserError(f"algorithms/{name}.py: cannot be imported ({reason})") from None
 
 
-def method_flags(held: dict[str, Any], defaults: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def method_flags(result: Result, defaults: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The method's own flags, by field, as a result had them and as they are by default.
 
     Those that are newer than the result had the default; those that are gone do not count.
+
+    Raises:
+        UserError: one is of another type.
     """
     default = {k: v for k, v in dataclasses.asdict(defaults).items() if k not in SHARED}
     if "segment_length" in default:
-        default["segment_length"] = segment_length(TASKS[held["task"]], held["cost_limits"])
+        default["segment_length"] = segment_length(TASKS[result.task], result.cost_limits)
     default = json.loads(json.dumps(default))  # tuples become lists, as in the file
     had = dict(default)
-    for field in default.keys() & held["config"].keys():
-        value = held["config"][field]
+    for field in default.keys() & result.config.keys():
+        value = result.config[field]
         if isinstance(value, dict):  # of feedback: how it was made, or its file
-            value = Path(value["path"]).name if "path" in value else None
+            value = Path(str(value["path"])).name if "path" in value else None
+        if value is not None and type(value) is not type(default[field]) is not type(None):
+            raise UserError(f"config.{field}: {value} is no value of --{field.replace('_', '-')}")
         had[field] = default[field] if value is None else value
     return had, default
 
@@ -148,16 +209,16 @@ def check_comparable(results: Sequence[Result]) -> None:
     """
     first: dict[str, tuple[Result, Any]] = {}
     for result in results:
-        held, task = result.held, result.task
+        task = result.task
         facts = {
-            "the seeds": held["seeds"],
-            "evaluation episodes": held["eval_episodes"],
-            "the policy that is evaluated": held["checkpoint"],
-            f"the data of {task} (SHA-256)": held["data"]["sha256"][:12],
-            f"the cost limits of {task}": held["cost_limits"],
+            "the seeds": result.seeds,
+            "evaluation episodes": result.eval_episodes,
+            "the policy that is evaluated": result.checkpoint,
+            f"the data of {task} (SHA-256)": result.data.sha256[:12],
+            f"the cost limits of {task}": result.cost_limits,
             f"nothing else, both being {result.label} on {task}": str(result.path),
         }
-        for package, version in held["versions"].items():
+        for package, version in result.versions.items():
             facts |= {f"the version of {package}": version} if package in SIMULATORS else {}
         for what, value in facts.items():
             other, before = first.setdefault(what, (result, value))
@@ -218,12 +279,12 @@ def show_mean(scores: np.ndarray) -> str:
     """Reward / cost, in bold where that is safe; a number that is not known is a question mark."""
     reward, cost = scores.mean((1, 2))
     text = " / ".join("?" if np.isnan(x) else f"{x:.2f}" for x in (reward, cost))
-    return f"**{text}**" if cost <= 1 else text
+    return f"**{text}**" if within(cost, 1) else text
 
 
 def show_runs(scores: np.ndarray) -> str:
     """The same, and how many runs are safe."""
-    return f"{show_mean(scores)} ({(scores[1] <= 1).sum()} of {scores[1].size})"
+    return f"{show_mean(scores)} ({within(scores[1], 1).sum()} of {scores[1].size})"
 
 
 def show_spread(scores: np.ndarray) -> str:
@@ -250,7 +311,8 @@ def make_table(results: Sequence[Result], intervals: bool) -> str:
         raise UserError("there are no evaluated results to make a table of")
 
     def place(result: Result) -> tuple:
-        values = [(field, isinstance(x, str), x) for field, x in result.change.items()]
+        changed = result.change.items()
+        values = [(field, x if type(x) in (int, float) else 0, str(x)) for field, x in changed]
         return titles()[result.algorithm], len(values), values
 
     check_comparable(results)
@@ -268,7 +330,7 @@ def make_table(results: Sequence[Result], intervals: bool) -> str:
     for label, row in ours.items():
         rows += [(label, row, show_runs), ("in the paper", told.get(label, {}), show_mean)]
     table = as_markdown(columns, rows)
-    if intervals and len(results[0].held["seeds"]) > 1:
+    if intervals and len(results[0].seeds) > 1:
         rows = [(label, row, show_spread) for label, row in ours.items()]
         table += f"\n\n{INTERVALS}\n\n{as_markdown(columns, rows)}"
     return table

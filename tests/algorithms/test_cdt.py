@@ -13,6 +13,7 @@ from tests.conftest import assert_refused, two_armed_arrays, write_dataset
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 
 TASK = get_task("BallRun")
 SMALL = cdt.Args(width=32, layers=2, heads=4)
@@ -233,6 +234,9 @@ def test_the_return_aimed_at(two_armed, capsys):
 
 class Scripted:
     """An environment of three steps that says what was done."""
+
+    action_space = Box(-1, 1, (TASK.action_dim,))
+    observation_space = Box(-9, 9, (TASK.observation_dim,))
 
     def __init__(self):
         self.done = []

@@ -59,7 +59,8 @@ def test_which_segment_costs_more_against_the_truth_table():
     """Which one is preferred, and which costs more, 0 or 1; -1: neither."""
     table = [(0, 0, 1), (0, 1, -1), (1, 0, -1), (1, 1, 1), (0, -1, 0), (1, -1, 0)]
     preference, costlier, expected = np.array(table).T
-    feedback = SimpleNamespace(preference=preference[None], cost_preference=costlier[None])
+    shape = {"preference": preference[None, None], "cost_preference": costlier[None, None]}
+    feedback = SimpleNamespace(**shape)  # [S, K, P]
     direction = safe_rlhf_cdt.cost_direction(feedback, torch.device("cpu"))
     assert direction.tolist() == [expected.tolist()]
 

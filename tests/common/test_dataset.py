@@ -5,9 +5,10 @@ import hashlib
 
 from common import dataset as module
 from common.args import UserError
-from common.dataset import BUNDLED, get_cost_limits, load_dataset, reward_range, suggested_limits
+from common.dataset import BUNDLED, get_cost_limits, load_dataset, reward_range
 from common.download import Offline
 from common.tasks import get_task
+from common.tools.card import suggested_limits
 from tests.conftest import two_armed_arrays, write_dataset
 
 import h5py
@@ -159,6 +160,28 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def in_another_file(how):
+    """Its rewards are numbers that lie elsewhere, whose change would leave its SHA-256 as it is."""
+
+    def write(path):
+        arrays = two_armed_arrays()
+        rewards = arrays.pop("rewards")
+        rewards.tofile(path.with_name("raw"))
+        write_dataset(path.with_name("other.hdf5"), rewards=rewards)
+        layout = h5py.VirtualLayout(rewards.shape, rewards.dtype)
+        layout[:] = h5py.VirtualSource("other.hdf5", "rewards", rewards.shape)
+        with h5py.File(write_dataset(path, **arrays), "a") as file:
+            if how == "link":
+                file["rewards"] = h5py.ExternalLink("other.hdf5", "rewards")
+            elif how == "virtual":
+                file.create_virtual_dataset("rewards", layout)
+            else:
+                external = [("raw", 0, rewards.nbytes)]
+                file.create_dataset("rewards", rewards.shape, "f4", external=external)
+
+    return write
+
+
 def with_in_place_of_rewards(thing):
     def write(path):
         arrays = two_armed_arrays()
@@ -175,15 +198,18 @@ def with_in_place_of_rewards(thing):
 WORDS = np.array(["one"] * 2400, dtype=h5py.string_dtype())
 HEAD = b"\x89HDF\r\n\x1a\n" + bytes(500)
 MALFORMED = {
-    "empty": (lambda path: path.write_bytes(b""), "not a readable HDF5 file"),
-    "a head alone": (lambda path: path.write_bytes(HEAD), "not a readable HDF5 file"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read as HDF5"),
+    "a head alone": (lambda path: path.write_bytes(HEAD), "cannot be read as HDF5"),
     "a folder": (lambda path: path.mkdir(), "no such file"),
     "nothing": (lambda path: None, "no such file"),
-    "scratched": (scratched, "not a readable HDF5 file"),
-    "truncated": (truncated, "not a readable HDF5 file"),
+    "scratched": (scratched, "cannot be read as HDF5"),
+    "truncated": (truncated, "cannot be read as HDF5"),
     "a group": (with_in_place_of_rewards(dict), "lacks rewards"),
     "a null": (with_in_place_of_rewards(h5py.Empty("f4")), "rewards has shape"),
     "a dangling link": (with_in_place_of_rewards(h5py.SoftLink("/nowhere")), "lacks rewards"),
+    "linked": (in_another_file("link"), "rewards lies in another file"),
+    "virtual": (in_another_file("virtual"), "rewards lies in another file"),
+    "external": (in_another_file("external"), "rewards lies in another file"),
     "words": (with_in_place_of_rewards(WORDS), "rewards holds object, not numbers"),
 }
 
@@ -248,10 +274,10 @@ def test_scale_and_limits_of_own_data_come_from_its_episodes(tmp_path):
     costs = np.repeat(np.arange(60), 40) > np.tile(np.arange(40), 60)  # 0, 1, ... a few at 40
     dataset = load_dataset(OWN, str(write_dataset(path, **arrays | {"costs": costs})))
     assert suggested_limits(dataset) == (6, 15, 30)
-    with pytest.raises(UserError, match=r"--cost-limits 6 15 30$"):
-        get_cost_limits(OWN, dataset, None)
-    assert get_cost_limits(OWN, dataset, (7.0,)) == (7.0,)
-    assert get_cost_limits(TASK, dataset, None) == (10, 20, 40)
+    with pytest.raises(UserError, match="--cost-limits: say what counts as unsafe in Mine-v0"):
+        get_cost_limits(OWN, None)
+    assert get_cost_limits(OWN, (7.0,)) == (7.0,)
+    assert get_cost_limits(TASK, None) == (10, 20, 40)
 
     dataset = load_dataset(OWN, str(write_dataset(path, **arrays | {"rewards": np.ones(2400)})))
     assert reward_range(OWN, dataset) == (40, 41), "every episode has the same return"

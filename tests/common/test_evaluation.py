@@ -30,7 +30,7 @@ def test_numbers_do_not_depend_on_workers_nor_on_what_was_played_before(monkeypa
             monkeypatch.setattr(evaluation, "ProcessPoolExecutor", pool)
         evaluator = Evaluator(TASK, "presa", 12, policies=4)
         played.append(evaluator.play(CONFIG, parameters, (0, 1)))
-        evaluator.close()
+        evaluator.pool.shutdown()
     np.testing.assert_array_equal(played[0], played[1])
     np.testing.assert_array_equal(played[0], played[2])
     rewards, costs = played[0]
@@ -77,6 +77,7 @@ def plain_rollout(gymnasium, task, act, seed):
     total, done = np.zeros(2), False
     while not done:
         action = act(np.asarray(observation, np.float32)[None])[0].clip(-1, 1)
+        action = action.astype(env.action_space.dtype)
         observation, reward, terminated, truncated, info = env.step(action)
         total += reward, info["cost"]
         done = terminated or truncated

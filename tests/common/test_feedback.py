@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
+from algorithms import binary_alignment, presa, unified_comparison
 from common.args import UserError
 from common.dataset import Dataset, file_sha256
 from common.feedback import Feedback, filter_preferences, get_feedback
@@ -60,11 +61,11 @@ def test_labels_and_preferences_against_a_slow_loop(ragged):
         for j, t in np.ndindex(2, 20):
             returns[j] += ragged.rewards[feedback.segment_starts[s, p, j] + t]
             costs[j] += ragged.costs[feedback.segment_starts[s, p, j] + t]
-        better = feedback.preference[s, p]
+        better = feedback.preference[s, 0, p]
         assert returns[better] >= returns[1 - better]
         ties += returns[0] == returns[1]
         dearer = -1 if costs[0] == costs[1] else int(costs[1] > costs[0])
-        assert feedback.cost_preference[s, p] == dearer
+        assert feedback.cost_preference[s, 0, p] == dearer
         for (k, limit), j in ((x, j) for x in enumerate(LIMITS) for j in range(2)):
             safe = costs[j] <= limit * 20 / 100
             assert feedback.safe_label[s, k, p, j] == (1 if safe else -1)
@@ -93,7 +94,7 @@ def test_a_smaller_budget_is_a_prefix_and_a_seed_does_not_depend_on_its_company(
     part, alone = feedback_of(ragged), feedback_of(ragged, seeds=(1,))
     whole = feedback_of(ragged, num_pairs=1000)
     np.testing.assert_array_equal(whole.segment_starts[:, :300], part.segment_starts)
-    np.testing.assert_array_equal(whole.preference[:, :300], part.preference)
+    np.testing.assert_array_equal(whole.preference[..., :300], part.preference)
     np.testing.assert_array_equal(whole.safe_label[:, :, :300], part.safe_label)
     np.testing.assert_array_equal(part.segment_starts[1], alone.segment_starts[0])
     assert (part.segment_starts[0] != part.segment_starts[1]).any()
@@ -103,8 +104,8 @@ def test_a_smaller_budget_is_a_prefix_and_a_seed_does_not_depend_on_its_company(
 def test_noise_flips_exactly_its_share(ragged, share):
     clean = feedback_of(ragged, num_pairs=2000)
     noisy = feedback_of(ragged, num_pairs=2000, preference_noise=share)
-    flipped = (clean.preference != noisy.preference).sum(1)
-    assert flipped.tolist() == [round(share * 2000)] * 2
+    flipped = (clean.preference != noisy.preference).sum(-1)  # [S, K]
+    assert (flipped == round(share * 2000)).all()
     np.testing.assert_array_equal(clean.segment_starts, noisy.segment_starts)
     np.testing.assert_array_equal(clean.safe_label, noisy.safe_label)
 
@@ -121,13 +122,15 @@ def test_noise_flips_exactly_its_share(ragged, share):
 
 def test_filtered_preferences_against_a_slow_rule(ragged):
     feedback = feedback_of(ragged, num_pairs=400)
-    feedback.preference[:, :20] = -1  # some without a preference
+    feedback.preference[..., :20] = -1  # some without a preference
     filtered = filter_preferences(feedback)
     gone = 0
     for s, k, p in np.ndindex(2, 3, 400):
-        labels, preferred = feedback.safe_label[s, k, p], feedback.preference[s, p]
+        labels, preferred = feedback.safe_label[s, k, p], feedback.preference[s, k, p]
         out = preferred >= 0 and labels[preferred] == -1
         assert tuple(filtered.safe_label[s, k, p]) == ((0, 0) if out else tuple(labels))
+        assert filtered.preference[s, k, p] == (-1 if out else preferred)
+        assert filtered.cost_preference[s, k, p] in (-1, 0, 1)[: 1 if out else 3]
         gone += out
     assert 200 < gone < 2000
     assert np.sum(filtered.provenance["pairs_left"]) == 2 * 3 * 400 - gone
@@ -148,7 +151,7 @@ def test_tensors_put_the_preferred_segment_first_and_runs_seed_by_seed():
         cost_limits=(10.0, 20.0),
         provenance={},
         segment_starts=np.stack((starts, starts)),
-        preference=preference,
+        preference=preference[:, None].repeat(2, 1),
         safe_label=np.array(by_limit),
     )
     segments, safe_label, has_preference = feedback.tensors(CPU)
@@ -171,7 +174,7 @@ def test_labels_that_say_too_little_are_named(ragged, capsys):
     assert capsys.readouterr().out == ""
     feedback_of(ragged, segment_length=4)  # 0.4 and 0.8 of a step's cost
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("warning: the limits 10 and 20 give the same")
+    assert line.startswith("warning: two cost limits have the same labels")
     feedback_of(ragged, cost_limits=(10.0, 100.0))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[1].startswith("note: every segment of seed 1 is safe at")
@@ -207,15 +210,42 @@ def test_labels_from_people(ragged, tmp_path, capsys):
     path = people(tmp_path, **asked)
     loaded = labelled(ragged, path, seeds=(0, 5))
     for s in (0, 1):
-        for key in ("segment_starts", "preference", "cost_preference"):
-            np.testing.assert_array_equal(getattr(loaded, key)[s], (PEOPLE | asked)[key])
-        np.testing.assert_array_equal(loaded.safe_label[s, 0], PEOPLE["safe_label"])
+        np.testing.assert_array_equal(loaded.segment_starts[s], PEOPLE["segment_starts"])
+        for key in ("preference", "cost_preference", "safe_label"):
+            np.testing.assert_array_equal(getattr(loaded, key)[s, 0], (PEOPLE | asked)[key])
     assert loaded.safe_label.shape == (2, 1, 3, 2) and loaded.segment_length == 10
     assert loaded.provenance == {"source": "file", "path": str(path), "sha256": file_sha256(path)}
     assert labelled(ragged, people(tmp_path)).cost_preference is None
-    assert capsys.readouterr().out == ""
-    assert labelled(ragged, path, num_pairs=2).preference.tolist() == [[0, 1]]
+    few = "warning: 2 preferences to learn from; fewer than 100 were never tried"
+    assert capsys.readouterr().out.splitlines() == [few] * 2
+    assert labelled(ragged, path, num_pairs=2).preference.tolist() == [[[0, 1]]]
     assert "the first 2 of the 3 pairs" in capsys.readouterr().out
+
+
+def test_who_cannot_tell_whether_a_segment_is_safe_may_still_say_which_is_better(ragged, tmp_path):
+    """Pair 1 has a preference though neither of its segments has a label, pair 0 has one label."""
+    unsure = np.array([[0, -1], [0, 0], [1, 1]])
+    loaded = labelled(ragged, people(tmp_path, safe_label=unsure))
+    _, label, has_preference = loaded.tensors(CPU)
+    assert has_preference.tolist() == [[1, 1, 0]]
+    assert label.tolist() == [[[0, -1], [0, 0], [1, 1]]]
+    weight = presa.class_weights(label[0], 0.5)
+    assert weight.tolist() == [[0, 2], [0, 0], [2, 2]], "unsafe over safe 0.5, the mean 1"
+    merged, _, prefers = unified_comparison.unified_preference(label, has_preference)
+    assert merged.tolist() == [[[0, 0], [0, 0], [1, 1]]] and prefers.tolist() == [[1, 1, 0]]
+    assert binary_alignment.desirable_label(label, has_preference).tolist()[0][0] == [0, -1]
+
+
+def test_costs_that_are_not_whole_get_the_labels_of_whole_ones(ragged):
+    """Tenths in single precision, as files have them: their sums round, the labels do not."""
+    for limit in (10.0, 15.0, 20.0, 25.0):
+        whole = feedback_of(ragged, num_pairs=5000, cost_limits=(limit,))
+        tenths = np.float64(np.float32(ragged.costs * 0.1))
+        part = dataclasses.replace(ragged, costs=tenths)
+        part = feedback_of(part, num_pairs=5000, cost_limits=(limit / 10,))
+        np.testing.assert_array_equal(whole.safe_label, part.safe_label)
+        np.testing.assert_array_equal(whole.cost_preference, part.cost_preference)
+        assert 0.05 < (whole.safe_label == 1).mean() < 0.95
 
 
 @pytest.mark.parametrize(
@@ -235,7 +265,11 @@ def test_flags_that_are_not_for_a_file(ragged, tmp_path, change):
         ({"preference": np.array([0, 0.5, 1])}, "preference must hold whole"),
         ({"cost_preference": np.array([1, 2, 0])}, "cost_preference must be"),
         ({"cost_preference": np.array([1])}, "cost_preference has shape"),
-        ({"safe_label": np.zeros((3, 2))}, "safe_label must be"),
+        ({"safe_label": np.full((3, 2), 2)}, "safe_label must be"),
+        ({"segment_length": 2**63 - 1}, "outside the dataset"),
+        ({"segment_length": 1e300}, "outside the dataset"),
+        ({"segment_starts": np.full((3, 2), 2**64 - 1, np.uint64)}, "outside the dataset"),
+        ({"preference": np.array([0, np.nan, 1])}, "preference must hold whole"),
         ({"safe_label": np.array([["a", "b"]] * 3)}, "safe_label must hold whole"),
         ({"segment_starts": np.full((3, 2), 10**6)}, "outside the dataset"),
         ({"segment_starts": np.full((3, 2), 95)}, "crosses the end"),

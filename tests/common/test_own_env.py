@@ -3,13 +3,23 @@
 That one is trained and scored from its dataset on is shown by the example in ``test_readme.py``.
 """
 
+import json
 import sys
 
 from algorithms import presa
+from common import evaluation
+from common.args import TrainingError
 from common.dataset import load_dataset
 from common.evaluation import play
 from common.tasks import get_task
-from tests.conftest import assert_refused, real_gymnasium, two_armed_arrays, write_dataset
+from tests.conftest import (
+    NoWorkers,
+    assert_refused,
+    only_run,
+    real_gymnasium,
+    two_armed_arrays,
+    write_dataset,
+)
 
 import numpy as np
 import pytest
@@ -61,6 +71,10 @@ class ImageObservations(PointMass):
 class OneNumberObserved(PointMass):
     observation_space = Box(-1, 1)
 
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return observation[:1], *rest
+
 class WholeActions(PointMass):
     action_space = Box(0, 5, (2,), int)
 
@@ -70,12 +84,61 @@ class UnboundedActions(PointMass):
 class Endless(PointMass):
     pass
 
+class EarnsByCost(PointMass):
+    def step(self, action):
+        return *super().step(action)[:4], {"cost": -1.0}
+
+class SixValues(PointMass):
+    def step(self, action):
+        return *super().step(action), {}
+
+class OldSteps(PointMass):
+    def step(self, action):
+        return super().step(action)[:4]
+
+class ColumnsObserved(PointMass):
+    def observe(self, action):
+        return super().observe(action)[:, None]
+
 class NothingRight(PointMass):
     observation_space = Dict(position=Box(-1, 1, (2,)))
     action_space = Discrete(3)
     step = NoCost.step
 
 
+class Later(PointMass):
+    # What goes wrong at the tenth step has its name; before, the cost is told now and then.
+
+    def __init__(self, what):
+        self.what, self.steps = what, 0
+
+    def step(self, action):
+        observation, reward, *ends, info = super().step(action)
+        self.steps += 1
+        if self.steps == 1:
+            return observation, np.array([reward]), *ends, {"cost": np.array(info["cost"])}
+        if self.steps < 10 or self.what == "nothing":
+            return observation, reward, *ends, {"cost": 1} if info["cost"] else {}
+        if self.what == "raises":
+            raise ZeroDivisionError("the battery is empty")
+        return {
+            "reward": (observation, np.nan, *ends, info),
+            "cost": (observation, reward, *ends, {"cost": None}),
+            "observation": (observation * np.inf, reward, *ends, info),
+        }[self.what]
+
+
+class Strict(PointMass):
+    action_space = Box(-0.1, 0.1, (2,), np.float64)
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step(action)
+
+
+for what in ("nothing", "raises", "reward", "cost", "observation"):
+    later = {"entry_point": Later, "kwargs": {"what": what}}
+    gymnasium.register(f"Later-{what}-v0", max_episode_steps=50, **later)
 for env in list(globals().values()):
     if isinstance(env, type) and issubclass(env, PointMass) and env is not PointMass:
         steps = None if env.__name__ in ("Endless", "NothingRight") else 50
@@ -96,6 +159,10 @@ BAD = {
     "bad_envs:WholeActions-v0": [NO_FLOATS],
     "bad_envs:UnboundedActions-v0": [NO_FLOATS],
     "bad_envs:Endless-v0": [NO_END],
+    "bad_envs:EarnsByCost-v0": ["the cost -1; both must be finite, the cost >= 0"],
+    "bad_envs:SixValues-v0": ["too many values", "SafetyGymnasium2Gymnasium"],
+    "bad_envs:OldSteps-v0": ["not enough values to unpack (expected 5, got 4)"],
+    "bad_envs:ColumnsObserved-v0": ["an observation must be finite numbers of shape (4,)"],
     "bad_envs:NothingRight-v0": [NOT_FLAT, NO_FLOATS, NO_END, NO_COST],
 }
 MINE = "my_env:PointMass-v0"
@@ -157,13 +224,62 @@ def test_actions_are_mapped_onto_its_box(here):
     np.testing.assert_allclose(2 * dataset.actions[:, 0], dataset.rewards, rtol=1e-6)
 
 
-def test_without_limits_three_are_suggested(here, run_script):
+def test_without_limits_the_card_is_named_that_suggests_some(here, run_script):
     done = run_script(presa.main, "--data", "mine.hdf5", "--env-id", MINE)
-    assert_refused(done, "--cost-limits: say what counts as unsafe in PointMass-v0")
-    suggested = done[2].rpartition("--cost-limits ")[2].split()
-    dataset = load_dataset(get_task("", MINE), "mine.hdf5")
-    for limit, share in zip(map(float, suggested), (0.1, 0.25, 0.5), strict=False):
-        assert (dataset.episode_costs <= limit).mean() >= share
+    assert_refused(done, "--cost-limits: say what counts as unsafe in PointMass-v0; ", "card.py")
+
+
+LATER = {
+    "raises": "ZeroDivisionError: the battery is empty",
+    "reward": "a step has the reward nan",
+    "cost": "the cost nan; both must be finite",
+    "observation": "an observation must be finite",
+}
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_an_environment_that_fails_later_is_named_and_what_was_learned_is_kept(
+    what, here, run_script, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "ProcessPoolExecutor", NoWorkers)
+    flags = "--data mine.hdf5 --cost-limits 20 --num-pairs 200 --bc-steps 5 --steps 5 --hidden-size"
+    flags += f" 8 --eval-episodes 1 --env-id bad_envs:Later-{what}-v0 --output-dir {tmp_path}"
+    code, _, error = run_script(presa.main, *flags.split())
+    last = error.replace("\r", "\n").strip().splitlines()[-1]
+    assert code == 1 and last.startswith(f"error: Later-{what}-v0") and LATER[what] in last
+    assert "policy.pt holds what was learned" in last and "Traceback" not in error
+    kept = {path.name for path in only_run(tmp_path).iterdir()}
+    assert kept == {"config.json", "metrics.csv", "policy.pt", "checkpoint-bc.pt"}
+
+
+def test_costs_told_now_and_then_and_numbers_in_arrays_are_understood(here):
+    with real_gymnasium():
+        task = get_task("", "bad_envs:Later-nothing-v0")
+        plain = play(get_task("", MINE), lambda x: np.full((len(x), 2), 0.5), [0, 1])
+        told = play(task, lambda x: np.full((len(x), 2), 0.5), [0, 1])
+    np.testing.assert_array_equal(plain, told)
+
+
+def test_actions_never_leave_a_box_of_the_environments_own_type(here):
+    with real_gymnasium():
+        task = get_task("", "bad_envs:Strict-v0")
+        rewards, _ = play(task, lambda x: np.full((len(x), 2), 7, np.float32), [0])
+    assert rewards[0] == pytest.approx(5) and rewards[0] <= 50 * 0.1 + 1e-9
+    assert task.action_high == (0.1, 0.1)
+
+
+def test_actions_that_are_not_finite_are_the_policys_fault(here):
+    with real_gymnasium(), pytest.raises(TrainingError, match="the policy's actions are not fin"):
+        play(get_task("", MINE), lambda x: np.full((len(x), 2), np.nan), [0])
+
+
+def test_whose_environment_a_resumed_run_is_of_must_be_named_again(here, run_script, tmp_path):
+    """Making one runs its code, and a file may not choose whose."""
+    about = {"flags": ["--env-id", "bad_envs:Strict-v0"]}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    refused = run_script(presa.main, "--resume", tmp_path)
+    assert_refused(refused, "give it with --env-id bad_envs:Strict-v0, if you trust it")
+    assert_refused(run_script(presa.main, "--resume", tmp_path, "--env-id", MINE), "if you trust")
 
 
 @pytest.mark.parametrize("env_id", BAD)

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import shlex
 import signal
 import struct
 import subprocess
@@ -172,16 +171,13 @@ def test_ctrl_c_names_the_folder_and_the_command_that_goes_on(
     assert max(map(len, bars)) <= 80, "nothing of it is lost"
     assert re.search(r"[\r\n] *error: interrupted", shown), "a line of its own"
     folder = only_run(tmp_path / "runs")
-    said = " ".join(shown[shown.index("interrupted") :].split())
-    assert str(folder.relative_to(tmp_path)) in said
-    _, named, *goes_on = shlex.split(said[said.index("python ") :])
-    assert Path(named) == script
+    assert f"{folder.relative_to(tmp_path)}/ is where --resume goes on" in " ".join(shown.split())
     config = json.loads((folder / "config.json").read_text())
-    last = torch.load(folder / "checkpoint-align.pt", weights_only=True)["step"]
-    config["flags"] += ["--steps", str(last)]  # what is left of twenty thousand takes too long
+    last = rows_of(folder)[-1]["step"]
+    config["flags"] += ["--steps", last]  # what is left of twenty thousand takes too long
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
-    code, out, error = run_script(presa.main, *goes_on)
+    code, out, error = run_script(presa.main, "--resume", folder)
     assert code == 0, error
     assert {path.name for path in folder.iterdir()} == FILES
     assert "1 runs safe" in out.splitlines()[-1]
@@ -223,7 +219,7 @@ def test_what_cannot_be_resumed(tmp_path, run_script, monkeypatch):
     (folder / "results.json").unlink()
     (folder / "checkpoint-align.pt").write_bytes(b"half of it")
     code, _, error = run_script(presa.main, "--resume", folder)
-    assert code == 2 and "its checkpoint-align.pt cannot be read" in error
+    assert code == 2 and "checkpoint-align.pt is damaged" in error
     write_dataset(data, **two_armed_arrays(seed=1))
     assert_refused(run_script(presa.main, "--resume", folder), "no longer the file it was")
 
@@ -250,4 +246,5 @@ def test_a_folder_that_cannot_be_written(two_armed, tmp_path, run_script):
     (tmp_path / "file").write_text("in the way")
     for place in (tmp_path / "file", Path("/proc/nowhere")):
         flags = ["--data", two_armed, "--eval-episodes", 0, "--output-dir", place]
-        assert_refused(run_script(presa.main, *flags), "--output-dir", str(place))
+        code, _, error = run_script(presa.main, *flags)
+        assert code == 1 and error.startswith("error: [Errno") and f"'{place}" in error

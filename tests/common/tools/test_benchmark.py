@@ -19,6 +19,7 @@ import pytest
 DAEMONS = ("sbatch", "slurmctld", "slurmd", "munged", "mungekey")
 TINY = "--cost-limits 20 --hidden-size 8 --num-pairs 200 --bc-steps 20 --steps 300 --device cpu"
 TINY += " --eval-episodes 1 --eval-every 100000 --checkpoint-every 20"
+MEASURED = ROOT / "common" / "measured" / "quickstart" / "presa-BallRun-seed0.json"
 
 
 @pytest.fixture
@@ -62,21 +63,27 @@ def kill_process_of(folder):
 
 def test_a_grid_goes_on_with_what_was_killed_and_beside_methods_that_are_broken(project, tmp_path):
     flags = ["--tasks", "BallRun", "CarRun", "--data", "bundled", "--seeds", "0", "--workers", "2"]
-    process = start(tmp_path, *flags, "--launcher", "env A=1", "--", *TINY.split(), root=project)
-    begun, end = "runs/benchmark/mine-*/run/*/*/*/checkpoint-*.pt", time.monotonic() + 120
-    while not list(tmp_path.glob(begun)):
+    flags += ["--launcher", "env A=1", "--", *TINY.split()]
+    process, end = start(tmp_path, *flags, root=project), time.monotonic() + 120
+    while not (begun := list(tmp_path.glob("runs/benchmark/mine-*/run/*/*/*/checkpoint-*.pt"))):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.02)
-    (folder,) = tmp_path.glob("runs/benchmark/mine-*")
+    folder = begun[0].parents[4]
     kill_process_of(folder)
+    while "mine.py --resume" not in (folder / "log.txt").read_text():  # it goes on by itself
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert process.communicate(timeout=20)[1] == "error: interrupted\n"
+    folders = map(os.path.realpath, Path("/proc").glob("[0-9]*/cwd"))
+    assert str(tmp_path) not in folders, "no process is left"
+    process = start(tmp_path, *flags, root=project)
     out, error = process.communicate(timeout=300)
     assert process.returncode == 1, error
     assert "left out: CarRun" in out and "2 runs, 0 of them here already" in out
-    assert "failed: failing BallRun: ValueError: not done yet" in error
+    assert "failed: failing BallRun: ValueError: not done yet (exit code 1, " in error
     assert "failed: unfinished: " in error and "cannot be imported (SyntaxError" in error
-    log = (folder / "log.txt").read_text()
-    assert "$ env A=1 " in log and "ended by signal 9" in log
-    assert "--resume" in log, "it went on from its checkpoint"
+    assert (folder / "log.txt").read_text().count("$ env A=1 ") == 3
     (results,) = folder.rglob("results.json")
     held = json.loads(results.read_text())
     table = (tmp_path / "runs" / "report" / "table.md").read_text()
@@ -84,17 +91,21 @@ def test_a_grid_goes_on_with_what_was_killed_and_beside_methods_that_are_broken(
     assert table in out
 
 
-def test_what_is_there_already_is_kept(tmp_path, run_script, monkeypatch):
+def test_a_launcher_that_fails_is_one_line_and_results_are_kept(tmp_path, run_script, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--tasks", "BallRun", "--algorithms", "presa", "--data", "bundled", "--seeds", "0"]
+    code, _, error = run_script(benchmark.main, *flags, "--launcher", "nobodys")
+    assert (code, error) == (1, "error: [Errno 2] No such file or directory: 'nobodys'\n")
     (job,) = jobs_of(*flags)
-    measured = ROOT / "common" / "measured" / "quickstart" / "presa-BallRun-seed0.json"
-    (job.folder / "run" / "presa" / "BallRun" / "then").mkdir(parents=True)
-    shutil.copy(measured, job.folder / "run" / "presa" / "BallRun" / "then" / "results.json")
+    then = job.folder / "run" / "presa" / "BallRun" / "then"
+    launcher = f"mkdir -p {then}; cp {MEASURED} {then}/results.json; printf '\\033no room'; exit 7"
+    (tmp_path / "launcher").write_text(f"#!/bin/sh\n{launcher}\n")
+    (tmp_path / "launcher").chmod(0o755)
+    said, out, _ = run_script(benchmark.main, *flags, "--launcher", "./launcher")
+    assert said == f"failed: presa BallRun: \\x1bno room (exit code 7, {job.folder}/log.txt)"
+    assert "FAILED presa BallRun" in out and "| PreSa | " in out, "its results are whole"
     code, out, error = run_script(benchmark.main, *flags)
-    assert code == 0, error
-    assert "1 runs, 1 of them here already" in out and "| PreSa | " in out
-    assert not (job.folder / "log.txt").exists()
+    assert code == 0 and "1 runs, 1 of them here already" in out, error
 
 
 def jobs_of(*flags):
@@ -119,6 +130,10 @@ def test_the_runs_of_a_grid_and_of_a_sweep(capsys):
     plain, own = jobs_of(*one, "--flags-of", "presa --steps 9 --eta 2", "--", "--lr", "7")
     assert "9" not in plain.flags and "7" in plain.flags and "7" in own.flags
     assert own.flags[own.flags.index("--steps") + 1] == "9"
+    capsys.readouterr()
+    jobs_of(*one, "--flags-of", "presa --bc-steps 7", "--", "--steps=9")
+    said = "note: steps: bc_all steps 9; presa bc_steps 7 + steps 9\n"
+    assert capsys.readouterr().out == said, "the same flag is another budget"
     others = [
         jobs_of(*one, *flags)[0].folder
         for flags in ((), ("--seeds", "0"), ("--", "--lr", "1"), ("--", "--eval-episodes", "3"))
@@ -170,10 +185,7 @@ BAD = {
     "a flag of nobody": ("--data bundled -- --learning-rate 1", "--learning-rate: no method"),
     "flags of nobody": ("--flags-of=presaa", "--flags-of presaa: there is none"),
     "a sweep of seeds": ("--sweep seeds 0 1", "--sweep seeds: give a flag of a method"),
-    "no place": ("--only-tables --results {} --output /proc/x", "--output /proc/x: cannot be made"),
     "no results": ("--only-tables --results .", "there are no evaluated results"),
-    "no such results": ("--only-tables --results nowhere", "nowhere cannot be read"),
-    "no such launcher": ("--launcher nobodys", "--launcher nobodys: there is no such command"),
 }
 
 

@@ -4,9 +4,10 @@ import dataclasses
 import math
 
 from common.dataset import BUNDLED, load_dataset
+from common.feedback import label_pairs
 from common.tasks import get_task
 from common.tools import card as module
-from common.tools.card import card, label_shares, segment_costs
+from common.tools.card import card, label_shares
 from tests.conftest import assert_refused, two_armed_arrays, write_dataset
 
 import h5py
@@ -46,7 +47,6 @@ def test_shares_of_safe_segments_against_a_slow_loop(length, tmp_path):
         for t in range(start, end - length + 1):
             costs.append(sum(ragged.costs[t : t + length]))
             whole.append(sum(ragged.costs[start:end]))
-    assert [x.tolist() for x in segment_costs(ragged, length)] == [costs, whole]
     for limit in (0, 10, 20, 100, 110, 160, 1000):  # a hundred steps: L = 5 may cost limit / 20
         safe = [cost * 100 <= limit * length for cost in costs]
         unsafe = [cost > limit for cost, kept in zip(whole, safe, strict=True) if kept]
@@ -76,9 +76,26 @@ def test_the_numbers_of_a_card(five):
 def test_what_the_file_says_of_itself_is_shortened_and_harmless(five):
     with h5py.File(five.file, "a") as file:
         file.attrs["command"] = "python collect.py " + "--flag " * 100
-        file.attrs["note"] = "\x1b[31mred\nline"
+        file.attrs["no\x1bte"] = "\x1b[31mred\nline"
+        space = h5py.h5s.create(h5py.h5s.SCALAR)
+        h5py.h5a.create(file.id, b"\xff", h5py.h5t.UNIX_D32LE, space)  # h5py cannot read it
     out = card(TASK, five, (10.0,), 2)
     assert 1 < out.count("--flag") < 25 and "\x1b" not in out and "red\\nline" in out
+
+
+def test_card_and_training_agree_where_costs_are_tenths(tmp_path):
+    """Whole tenths, written as 0.1 in single precision: their sums hang on rounding."""
+    tenths = np.random.default_rng(0).integers(0, 2, 3000)
+    data = written(tmp_path / "tenths.hdf5", [100] * 30, tenths, np.float32(0.1) * tenths)
+    for limit, length in ((5.0, 20), (4.5, 40), (5.5, 20)):  # such sums as 1.0 occur
+        windows = np.lib.stride_tricks.sliding_window_view(tenths.reshape(30, 100), length, 1)
+        safe = windows.sum(-1) * 10 <= limit * length  # [30, starts]
+        unsafe = np.broadcast_to(tenths.reshape(30, 100).sum(1)[:, None] > 10 * limit, safe.shape)
+        shares = label_shares(data, 100, limit, length)
+        assert shares == (safe.mean(), unsafe[safe].mean())
+        pairs = label_pairs(data, TASK, 0, (limit,), length, 1000)
+        episode, step = np.divmod(pairs["segment_starts"], 100)
+        assert ((pairs["safe_label"][0] == 1) == safe[episode, step]).all()
 
 
 def test_script_on_the_bundled_data(tmp_path, monkeypatch, run_script):

@@ -1,13 +1,16 @@
 """The collector: its mathematics against slow versions, its files, and that its experts learn."""
 
-from multiprocessing import Pipe
+import os
+import signal
+import subprocess
+import sys
+import time
 
-from common.args import TrainingError
 from common.dataset import load_dataset
 from common.tasks import get_task
 from common.tools import collect
 from common.tools.collect import GAE_LAMBDA, GAMMA, GRID, Args, Experts
-from tests.conftest import assert_refused
+from tests.conftest import ROOT, assert_refused, command
 
 import h5py
 import numpy as np
@@ -15,27 +18,46 @@ import pytest
 import torch
 
 SLIDE = '''
+import os
+import pathlib
+import time
+
 import gymnasium
 import numpy as np
 
 
 class Slide(gymnasium.Env):
-    """Reward is speed, which costs 1 a step above one half; actions lie in [0, 10]."""
+    """Reward is speed, which costs 1 a step above one half; some fail in the third episode."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (1,))
-    action_space = gymnasium.spaces.Box(0, 10, (1,))
+    action_space = gymnasium.spaces.Box(-0.1, 0.2, (1,), np.float64)  # as float32 they lie beyond
+
+    def __init__(self, fault):
+        self.fault, self.steps = fault, 0
 
     def reset(self, seed=None, options=None):
         return np.zeros(1, np.float32), {}
 
     def step(self, action):
-        assert self.action_space.contains(np.float32(action))
-        speed = float(action[0]) / 10
+        assert self.action_space.contains(action)
+        speed, self.steps = (float(action[0]) + 0.1) / 0.3, self.steps + 1
+        action[:] = 0  # it may do with it what it likes
+        if self.steps == 50:
+            self.fault()
         return np.zeros(1, np.float32), speed, False, False, {"cost": float(speed > 0.5)}
 
 
-gymnasium.register("Slide-v0", Slide, max_episode_steps=20)
+faults = {
+    "": int,
+    "Raises": lambda: 1 / 0,
+    "Dies": os.abort,
+    "Hangs": lambda: pathlib.Path("asleep").touch() or time.sleep(999),
+    "Removes": lambda: os.system("rm -rf gone"),
+}
+for name, fault in faults.items():
+    gymnasium.register(f"Slide{name}-v0", Slide, max_episode_steps=20, kwargs={"fault": fault})
 '''
+SMALL = "--max-cost 20 --envs 4 --rollout 20 --steps 800 --workers 2 --output slide.hdf5"
 
 
 @pytest.fixture
@@ -139,7 +161,8 @@ def test_a_small_collection_is_the_same_whatever_the_number_of_workers(tmp_path,
         files.append(tmp_path / f"{workers}.hdf5")
         where = ("--workers", workers, "--output", files[-1], "--min-return", -1e9)
         code, out, error = run_script(collect.main, "BallRun", *flags.split(), *where)
-        assert code == 0 and f"{files[-1]}: 32 of 32 episodes" in out, error
+        hint = f"python common/tools/card.py BallRun --data {files[-1]} shows it"
+        assert code == 0 and f"{files[-1]}: 32 of 32 episodes; {hint}" in out, error
     with h5py.File(files[0]) as one, h5py.File(files[1]) as two:
         for key in collect.KEYS:
             np.testing.assert_array_equal(one[key], two[key])
@@ -159,22 +182,57 @@ def test_a_small_collection_is_the_same_whatever_the_number_of_workers(tmp_path,
 
 def test_experts_of_an_environment_of_ones_own_learn_both_sides(here, run_script):
     """At random an episode earns 10 and costs 10, and one in a million costs nothing."""
-    flags = "--env-id slide:Slide-v0 --max-cost 10 --steps 30000 --envs 16 --rollout 40 --lr 3e-3 "
-    flags += "--workers 1"
-    code, _, error = run_script(collect.main, *flags.split(), "--output", "slide.hdf5")
-    assert code == 0, error
-    dataset = load_dataset(get_task("", "slide:Slide-v0"), "slide.hdf5")
+    flags = "--env-id slide:Slide-v0 --max-cost 10 --steps 30000 --envs 16 --rollout 40 --lr 3e-3"
+    file = os.fsdecode(b"slide \xff.hdf5")  # a name may be any bytes
+    code, out, error = run_script(collect.main, *flags.split(), "--output", file)
+    hint = r"card.py --env-id slide:Slide-v0 --data 'slide \udcff.hdf5' shows it"
+    assert code == 0 and hint in out, error
+    dataset = load_dataset(get_task("", "slide:Slide-v0"), file)
     assert dataset.returns.max() > 11
     safe = dataset.returns[dataset.episode_costs == 0]
     assert len(safe) >= 5 and 6.5 < safe.max() <= 10
     assert np.abs(dataset.actions).max() <= 1
 
 
-def test_a_worker_that_is_gone_ends_the_collection():
-    ours, theirs = Pipe()
-    theirs.close()
-    with pytest.raises(TrainingError, match="an environment failed in its worker"):
-        collect.joined([np.zeros(1)], [ours])
+@pytest.mark.parametrize("fault", ["Raises", "Dies"])
+def test_what_was_collected_before_a_fault_is_kept(fault, here):
+    sentence = {
+        "Raises": "SlideRaises-v0 failed in a step: ZeroDivisionError: division by zero",
+        "Dies": "a process that steps the environments is gone",
+    }[fault]
+    flags = ("--env-id", f"slide:Slide{fault}-v0", *SMALL.split())
+    done = command(here, "common/tools/collect.py", *flags)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith(f"error: {sentence}"), done.stderr
+    assert "slide.hdf5: 8 of 8 episodes" in done.stdout and "is in slide.hdf5" in last
+    assert "Traceback" not in done.stderr and "--lr" not in last
+    assert load_dataset(get_task("", "slide:Slide-v0"), "slide.hdf5").actions.std() > 0.05
+
+
+def test_a_file_that_cannot_be_written_is_written_elsewhere(here, run_script, monkeypatch):
+    for folder in ("gone", "room"):
+        (here / folder).mkdir()
+    monkeypatch.setenv("TMPDIR", str(here / "room"))
+    flags = ("--env-id", "slide:SlideRemoves-v0", *SMALL.split()[:-1], "gone/slide.hdf5")
+    code, out, error = run_script(collect.main, *flags)
+    (file,) = (here / "room").iterdir()
+    assert code == 1 and f"{file}: 40 of 40 episodes" in out
+    assert error.splitlines()[-1].endswith(f": 'gone/slide.hdf5'; what was collected is in {file}")
+    assert len(load_dataset(get_task("", "slide:Slide-v0"), str(file)).returns) == 40
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_though_an_environment_hangs(number, here):
+    words = [sys.executable, ROOT / "common/tools/collect.py", "--env-id", "slide:SlideHangs-v0"]
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([*words, *SMALL.split()], cwd=here, **options)
+    while not (here / "asleep").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    _, error = process.communicate(timeout=5)  # a worker that lived on would hold the stream
+    assert process.returncode and error.splitlines()[-1] == "error: interrupted", error
+    assert "Traceback" not in error and not list(here.glob("*hdf5*"))
 
 
 @pytest.mark.parametrize(
@@ -184,6 +242,7 @@ def test_a_worker_that_is_gone_ends_the_collection():
         ("BallRun --envs 10 --experts 4", "--envs 10: must be a multiple of --experts 4"),
         ("BallRun --steps 0", "--steps 0"),
         ("BallRun --std-end 0", "--std-end must be above 0"),
+        ("BallRun --max-cost 0", "--max-cost: say how much"),
         ("BallRun --output nowhere/file.hdf5", "--output nowhere/file.hdf5"),
         ("--env-id MountainCarContinuous-v0", "info['cost']"),
         ("--env-id slide:Slide-v0", "--max-cost: say how much"),

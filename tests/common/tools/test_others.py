@@ -1,7 +1,6 @@
 """The small tools: a policy scored again, pairs to be labelled, and the measurement of speed."""
 
 from algorithms import presa
-from common.dataset import load_dataset
 from common.tools import evaluate, pairs, speed
 from tests.conftest import assert_refused, only_run
 
@@ -33,11 +32,29 @@ def test_a_saved_thing_that_is_no_policy_is_refused(saved, tmp_path, run_script)
         if content is not None:
             path.write_bytes(content)
         assert_refused(run_script(evaluate.main, path), f"{path}: ")
-    for thing in ([1], {"task": "BallRun"}, {**held, "parameters": None}):
-        torch.save(thing, path)
-        assert_refused(run_script(evaluate.main, path), f"{path}: ")
-    torch.save({**held, "env_id": "mine:Mine-v0"}, path)
+    weights = held["parameters"]
+    for key, value, said in (
+        ("parameters", weights | {"output.bias": torch.zeros(3, 2)}, "parameters must be of a"),
+        ("parameters", weights | {"output.bias": torch.zeros(2, 3)}, "cannot be played: Error(s)"),
+        ("config", held["config"] | {"hidden_size": None}, "its policies cannot be played"),
+        ("cost_limits", [20.0, -40.0], "cost_limits.1: Input should be greater than or equal to 0"),
+        ("reward_range", (1.0, 1.0), "reward_range must be the lowest and the highest return"),
+        ("data", {"source": "\x1b[31m", "sha256": ""}, "data.source: Input should be 'dsrl'"),
+        ("algorithm", "../evil", "../evil: no such file in algorithms/"),
+        ("task", "\x1b[31m", "\\x1b[31m is not one of the 29"),
+    ):
+        torch.save({**held, key: value}, path)
+        assert_refused(run_script(evaluate.main, path, "--episodes", 1), f"{path}: ", said)
+    torch.save({**held, "env_id": "mine:Mine-v0", "reward_range": (0.0, 1.0)}, path)
     assert_refused(run_script(evaluate.main, path), "give --env-id mine:Mine-v0 if you trust it")
+
+
+def test_a_weight_that_changed_on_the_disk_is_found(saved, run_script):
+    content = bytearray(saved.read_bytes())
+    weight = torch.load(saved, weights_only=True)["parameters"]["hidden1.weight"]
+    content[content.index(weight.numpy().tobytes()) + 3] ^= 1
+    saved.write_bytes(content)
+    assert_refused(run_script(evaluate.main, saved), f"{saved}: ", "damaged")
 
 
 def test_pairs_are_labelled_by_the_data_and_serve_training_as_they_are(
@@ -64,7 +81,4 @@ def test_pairs_are_labelled_by_the_data_and_serve_training_as_they_are(
 
 
 def test_what_speed_measures_runs():
-    dataset = load_dataset(speed.TASK, "bundled")
     assert 0 < speed.presa_step("--bc-steps 1 --steps 8 --num-pairs 100") < 1000
-    for step in (speed.products(2), speed.usual_presa(dataset, 2)):
-        assert 0 < speed.timed(speed.Args(steps=5), step) < 1000

@@ -23,16 +23,15 @@ FEEDBACK = {"feedback": {"source": "synthetic"}}
 
 def write(folder, algorithm, task, reward, cost, name="", change=(), **config):
     """A results.json: reward and cost are numbers, or lists seed by seed, limit by limit."""
+    about = {"seeds": SEEDS, "cost_limits": LIMITS} | dict(change)
     shape = (len(SEEDS), len(LIMITS))
     reward, cost = (np.broadcast_to(np.array(x, float), shape) for x in (reward, cost))
     scores = {"normalized_reward": reward, "normalized_cost": cost}
-    pairs = itertools.product(enumerate(SEEDS), enumerate(LIMITS))
+    pairs = itertools.product(enumerate(about["seeds"]), enumerate(about["cost_limits"]))
     held = {
         "algorithm": algorithm,
         "task": task,
         "data": {"source": "file", "path": "x.hdf5", "sha256": f"{task:0<64}"},
-        "cost_limits": LIMITS,
-        "seeds": SEEDS,
         "eval_episodes": 20,
         "checkpoint": "last",
         "versions": {"python": "3.11.7", "pybullet": "3.2.7", "dsrl": "0.1.0"},
@@ -46,7 +45,7 @@ def write(folder, algorithm, task, reward, cost, name="", change=(), **config):
             "stage_ends": 150 if algorithm == "presa" else 0,
             **{n: [(i * x).flatten().tolist() for i in (1, 2, 3)] for n, x in scores.items()},
         },
-    } | dict(change)
+    } | about
     (folder / f"{name or f'{algorithm}-{task}'}.json").write_text(json.dumps(held))
 
 
@@ -115,7 +114,7 @@ def test_what_differs_from_the_defaults_is_a_row_of_its_own(folder):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"data": {"sha256": "0" * 64}}, r"the data of BallRun \(SHA-256\)"),
+        ({"data": {"source": "file", "sha256": "0" * 64}}, r"the data of BallRun \(SHA-256\)"),
         ({"eval_episodes": 5}, "evaluation episodes, 20 and 5"),
         ({"checkpoint": "best"}, "the policy that is evaluated, last and best"),
         ({"cost_limits": [10.0, 40.0]}, r"the cost limits of BallRun, \[10.0, 20.0\] and"),
@@ -139,9 +138,37 @@ def test_two_results_of_one_cell_are_refused_and_other_files_left_out(folder, ca
     write(folder, "presa", "CarRun", 0.1, 0.1, name="again", **FEEDBACK)
     with pytest.raises(UserError, match=r"again.json and .*presa-CarRun.json.*both being PreSa on"):
         rows_of(folder)
-    (folder / "half.json").write_text('{"algorithm": ')
-    with pytest.raises(UserError, match=r"half.json cannot be read"):
-        rows_of(folder)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_results([folder / "nowhere"])
+
+
+DAMAGED = [
+    (lambda x: "[" * 100_000, "Invalid JSON: "),
+    (lambda x: x["runs"].reverse(), "runs must be those of seeds and cost_limits, in their order"),
+    (lambda x: x["runs"][1].pop("normalized_cost"), "the run was not evaluated"),
+    (lambda x: x["runs"][1].update(normalized_cost=1e300), "runs.1.normalized_cost: "),
+    (lambda x: x["curve"]["normalized_reward"][1].pop(), "curve must have a score for each run"),
+    (lambda x: x["config"].update(eta=[]), "config.eta: [] is no value of --eta"),
+    (lambda x: x.update(task="\x1b[31m"), "\\x1b[31m is not one of the 29 tasks"),
+    (lambda x: x.update(algorithm="../presa"), "../presa: no such file in algorithms/"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGED)
+def test_a_damaged_result_is_left_out_in_one_line(damage, said, folder, capsys):
+    whole, path = rows_of(folder), folder / "mine.json"
+    held = json.loads((folder / "presa-BallRun.json").read_text())
+    text = damage(held)
+    path.write_text(text if isinstance(text, str) else json.dumps(held))
+    assert rows_of(folder) == whole
+    line = capsys.readouterr().out.removesuffix("\n")
+    assert line.startswith(f"left out: {path}: {said}") and line.isprintable()
+
+
+def test_a_flag_of_a_file_is_shown_harmlessly(folder):
+    write(folder, "presa", "BallRun", 0.3, 2, name="x", z_ref="\x1b[31m$\\x$", **FEEDBACK)
+    assert "PreSa --z-ref \\x1b[31m$\\x$" in rows_of(folder)
+    assert len(list(draw_all(read_results([folder]), folder))) > 3
 
 
 def test_the_interval_is_that_of_every_resample():
