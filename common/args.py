@@ -37,10 +37,6 @@ class TrainingError(Exception):
     code = 1
 
 
-# What people can mend, the system's refusals among them (a full disk, no memory), in one sentence.
-ENDINGS = (UserError, TrainingError, OSError, MemoryError, KeyboardInterrupt)
-
-
 @dataclass
 class TaskArgs:
     """What is trained on."""
@@ -211,11 +207,13 @@ def printable(text: object) -> str:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call ``main``; one of ``ENDINGS`` becomes one line on stderr.
+    """Call ``main``; an error that people can mend becomes one line on stderr.
 
-    The exit code is 2 of a :class:`UserError`, 130 of Ctrl-C and SIGTERM, else 1. Anything else is
-    a defect of the program and keeps its traceback. No worker process outlives an error.
+    That is a :class:`UserError` (exit code 2), Ctrl-C and SIGTERM (130), a :class:`TrainingError`
+    and what the system refuses, such as a full disk (1). Anything else is a defect of the program
+    and keeps its traceback. No worker process outlives an error.
     """
+    told = (UserError, TrainingError, OSError, MemoryError, KeyboardInterrupt)
     endings = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(*_: Any) -> None:
@@ -236,7 +234,7 @@ def run_main(main: Callable[[], None]) -> None:
             worker.kill()
         if isinstance(error, BrokenPipeError):  # such as `| head -1`: nobody reads on
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        elif isinstance(error, ENDINGS) or "allocate" in str(error):  # torch's want of memory
+        elif isinstance(error, told) or "allocate" in str(error):  # torch's want of memory
             for bar in tuple(tqdm._instances):  # ends its line
                 bar.close()
             print(f"error: {printable(error) or type(error).__name__}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """What a run leaves behind: configuration, metrics, checkpoints, scores, policy and picture."""
 
+import contextlib
 import csv
 import fcntl
 import hashlib
@@ -78,7 +79,8 @@ class Run:
             self.folder.mkdir(parents=True)
             about = {"flags": sys.argv[1:], **self.config, **self.about}
             write_json(self.folder / "config.json", about)
-            print(f"{self.folder}/ is where --resume goes on, should this be cut off", flush=True)
+            with contextlib.suppress(OSError):  # nobody may read it
+                print(f"{self.folder}/ is where --resume goes on after a cut-off", flush=True)
         else:
             self.folder = args.resume
             _check_it_is_the_same(self.folder, self.about)

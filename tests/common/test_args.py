@@ -1,10 +1,14 @@
 """The command line: what bad input gets to hear, and what is set before torch is loaded."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 from algorithms import bc_all, presa
 from common.args import parse_args
-from tests.conftest import ROOT, assert_refused, command
+from tests.conftest import ROOT, assert_refused, command, only_run
 
 import pytest
 import torch
@@ -54,6 +58,35 @@ def test_cuda_where_there_is_none(tmp_path, run_script):
     flags = ["--data", "bundled", "--device", "cuda", "--output-dir", tmp_path / "out"]
     assert_refused(run_script(presa.main, *flags), "--device cuda: this machine has no CUDA GPU")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", [">&-", "2>&-", "<&-", "| head -1"])
+def test_a_run_is_whole_whatever_becomes_of_its_streams(how, two_armed, tmp_path):
+    """Its output is in letters that ASCII lacks."""
+    flags = f"--data {two_armed} --bc-steps 5 --steps 5 --num-pairs 100 --hidden-size 8"
+    words = f"{sys.executable} {ROOT}/algorithms/presa.py {flags} --eval-episodes 1 {how}"
+    variables = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=variables, capture_output=True)
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr, done.stderr
+    assert done.returncode == 0
+    assert (only_run(tmp_path / "runs") / "results.json").exists()
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path, run_script):
+    code, _, error = run_script(bc_all.main, "--data", tmp_path / "\x1b]0;mine\a.hdf5")
+    assert code == 2 and "\\x1b]0;mine\\x07.hdf5: no such file" in error and "\x1b" not in error
+
+
+@pytest.mark.parametrize("flag", ["--num-pairs", "--hidden-size"])
+def test_a_size_beyond_the_machine_is_one_line(flag, two_armed, tmp_path, run_script):
+    flags = ("--data", two_armed, "--eval-episodes", 0, "--output-dir", tmp_path, flag, 10**12)
+    code, _, error = run_script(presa.main, *flags)
+    assert code == 1 and error.startswith("error: ") and "allocate" in error
+
+
+def test_a_tilde_is_the_home_also_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert parse_args(presa.Args, ["--output-dir=~/runs"]).output_dir == Path("/somewhere/runs")
 
 
 def test_a_run_that_is_resumed_has_the_flags_it_was_started_with(tmp_path):

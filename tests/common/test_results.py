@@ -171,7 +171,9 @@ def test_ctrl_c_names_the_folder_and_the_command_that_goes_on(
     assert max(map(len, bars)) <= 80, "nothing of it is lost"
     assert re.search(r"[\r\n] *error: interrupted", shown), "a line of its own"
     folder = only_run(tmp_path / "runs")
-    assert f"{folder.relative_to(tmp_path)}/ is where --resume goes on" in " ".join(shown.split())
+    assert f"{folder.relative_to(tmp_path)}/ is where --resume goes on after" in " ".join(
+        shown.split()
+    )
     config = json.loads((folder / "config.json").read_text())
     last = rows_of(folder)[-1]["step"]
     config["flags"] += ["--steps", last]  # what is left of twenty thousand takes too long
