@@ -1,12 +1,13 @@
 # make run     install into .venv if need be, then PreSa on BallRun with the bundled data
 # make test    install into .venv if need be, then lint and tests
+# make stress  what takes minutes: signals at any moment, full disks (as root), two at a time
 # The interpreter can be chosen: make run PYTHON=python3.10
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.10 python3,$(if $(shell command -v $(p)),$(p))))
 SERVES = import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))
 BIN = .venv/bin
 
-.PHONY: run test
+.PHONY: run test stress
 run: .venv/installed
 	$(BIN)/python algorithms/presa.py --task BallRun --data bundled
 
@@ -14,6 +15,9 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+stress: .venv/installed
+	$(BIN)/python -m pytest tests/stress.py
 
 # The mark is made last, so an interrupted install is done again and a finished one is not.
 .venv/installed: requirements.txt requirements-no-deps.txt

@@ -52,6 +52,12 @@ class Job:
         flags = [*self.flags, "--output-dir", str(self.folder / "run")]
         flags = ["--resume", str(begun[0])] if begun else flags
         command = [*launcher, sys.executable, str(self.script), *flags]
+
+        def prepare() -> None:
+            os.setpgrp()  # a terminal's Ctrl-C is for who started it, and ends it
+            if cores:
+                os.sched_setaffinity(0, cores)
+
         with open(self.folder / "lock", "w") as lock, open(self.folder / "log.txt", "a") as log:
             try:
                 # The run holds the lock until it ends, also when it outlives who started it.
@@ -66,7 +72,7 @@ class Job:
                 stderr=subprocess.STDOUT,
                 env={"OMP_NUM_THREADS": "1", **os.environ},
                 pass_fds=[lock.fileno()],
-                preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+                preexec_fn=prepare,
             )
 
 

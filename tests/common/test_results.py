@@ -241,7 +241,18 @@ def test_training_needs_no_simulator_and_is_tracked_offline(two_armed, tmp_path)
     (folder,) = tmp_path.glob("runs/presa/BallRun/*")
     assert not (folder / "curves.png").exists()
     assert "safe" not in json.loads((folder / "results.json").read_text())
-    assert list(tmp_path.rglob("offline-run-*/*.wandb"))
+    assert len(list(tmp_path.rglob("offline-run-*/*.wandb"))) == 6, "one for each seed and limit"
+
+
+def test_a_tracker_that_cannot_be_used_is_named_and_nothing_is_left(
+    two_armed, tmp_path, run_script, monkeypatch
+):
+    monkeypatch.setenv("WANDB_MODE", "off")  # a mode that there is not
+    flags = ("--data", two_armed, "--eval-episodes", 0, "--track", "--output-dir", tmp_path / "out")
+    assert_refused(
+        run_script(presa.main, *flags), "--track: ", "WANDB_MODE=offline needs no account"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_written(two_armed, tmp_path, run_script):
