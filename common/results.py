@@ -154,8 +154,8 @@ class Run:
         return [{name: x[r] for name, x in full.items()} for r in range(len(self.runs))]
 
     def _write(self, stage: str, step: int, values: list[dict[str, Any]]) -> None:
-        """Write metrics.csv with another row for each run, of which ``values`` has none or all."""
-        rows = zip(self.runs, values, strict=False)
+        """Write metrics.csv with another row for each run."""
+        rows = zip(self.runs, values, strict=True)
         self.rows += [{"step": step, "stage": stage, **run, **x} for run, x in rows]
         for tracker, x in zip(self.trackers, values, strict=False):
             tracker.log(x, step=step)
@@ -202,7 +202,6 @@ class Run:
         _put_back(state, held["state"])
         self.step, self.stage, self.rows = held["step"], held["stage"], held["rows"]
         self.started = time.time() - held["seconds"]
-        self._write("", 0, [])  # without what was logged after the checkpoint
         self.bar.update(self.step - self.bar.n)
         return self.step
 
