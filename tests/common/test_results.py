@@ -211,7 +211,7 @@ def test_what_cannot_be_resumed(tmp_path, run_script, monkeypatch):
         cut_off_at(45, patch)
         run_script(presa.main, *flags.split())
     folder = only_run(tmp_path / "out")
-    alone = run_script(presa.main, "--resume", folder, "--lr", 1)
+    alone = run_script(presa.main, "--resume", folder, "--lr=0.001")  # its default, too
     assert_refused(alone, "--resume: give it alone")
     other = run_script(binary_alignment.main, "--resume", folder)
     assert_refused(other, "is a run of algorithms/presa.py")
