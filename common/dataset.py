@@ -60,6 +60,11 @@ class Dataset:
         """Summed cost of each episode, [E]."""
         return np.add.reduceat(self.costs, self.episode_starts)
 
+    def segment_starts(self, length: int) -> np.ndarray:
+        """Where segments of ``length`` steps can start: each lies within one episode, [.] int64."""
+        end = np.repeat(self.episode_ends, self.episode_ends - self.episode_starts)  # [N]
+        return np.flatnonzero(end - np.arange(len(end)) >= length)
+
 
 def within(cost: Any, limit: Any) -> Any:
     """Whether costs keep a limit, up to the rounding of sums of single-precision numbers."""
@@ -105,7 +110,7 @@ def load_dataset(task: Task, data: str = "auto") -> Dataset:
     arrays = read_arrays(path, task)
     starts, ends = episodes(arrays)
     _scale_actions(arrays["actions"], task, path)
-    kept = {key: arrays[key] for key in ("observations", "actions", "rewards", "costs")}
+    kept = {key: arrays[key] for key in NUMBERS}
     return Dataset(
         **kept,
         episode_starts=starts,

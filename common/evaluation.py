@@ -29,6 +29,7 @@ import torch
 
 ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
 EPISODES_PER_UNIT = 10
+GONE = "it was killed, or had too little memory, or its environment ended it"  # a worker
 
 
 def score_runs(
@@ -103,8 +104,7 @@ class Evaluator:
                     units.append(self.pool.submit(_play_unit, self.task, self.algorithm, *unit))
             played = np.concatenate([unit.result() for unit in units], axis=1)
         except BrokenProcessPool:
-            cause = "it was killed, or lacked memory, or the environment ended it"
-            raise TrainingError(f"a process that plays {self.task.name} is gone: {cause}") from None
+            raise TrainingError(f"a process that plays {self.task.name} is gone: {GONE}") from None
         return played.reshape(2, policies, self.episodes)
 
 
@@ -157,13 +157,18 @@ def _play_unit(
     return play(task, load_script(algorithm).load_policy(config, parameters), seeds)
 
 
+def script_files() -> dict[str, Path]:
+    """The methods' files, by name."""
+    return {path.stem: path for path in sorted(ALGORITHMS.glob("[!_]*.py"))}
+
+
 def load_script(algorithm: str) -> ModuleType:
     """Import an algorithm's file by its name, such as ``presa``.
 
     Raises:
         UserError: there is no such file in ``algorithms/``.
     """
-    files = {path.stem: path for path in sorted(ALGORITHMS.glob("[!_]*.py"))}
+    files = script_files()
     if algorithm not in files:
         raise UserError(f"{algorithm}: no such file in algorithms/; it has {', '.join(files)}")
     name = f"algorithms.{algorithm}"

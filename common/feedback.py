@@ -116,15 +116,13 @@ def label_pairs(
     Raises:
         UserError: every episode is shorter than a segment.
     """
-    lengths = dataset.episode_ends - dataset.episode_starts
-    if segment_length > lengths.max():
+    valid_starts = dataset.segment_starts(segment_length)
+    if not len(valid_starts):
+        longest = (dataset.episode_ends - dataset.episode_starts).max()
         raise UserError(
             f"--segment-length {segment_length}: the longest episode of {dataset.path} has "
-            f"{lengths.max()} steps; a segment must fit into one"
+            f"{longest} steps; a segment must fit into one"
         )
-    # A start is valid where its episode goes on for at least L steps.
-    steps_left = np.repeat(dataset.episode_ends, lengths) - np.arange(len(dataset.rewards))
-    valid_starts = np.flatnonzero(steps_left >= segment_length)
     # One stream for each purpose: none shifts when another is drawn longer.
     streams = np.random.SeedSequence(seed).spawn(4)
     draw, coin, noise, wrong = (np.random.default_rng(stream) for stream in streams)
@@ -144,14 +142,9 @@ def label_pairs(
     safe_label.reshape(len(cost_limits), -1)[:, flipped] *= -1
     keeps, is_kept = within(costs[:, 0], costs[:, 1]), within(costs[:, 1], costs[:, 0])
     costlier = np.where(keeps & is_kept, -1, keeps)
-    return {
-        "segment_starts": starts,
-        "safe_label": safe_label,
-        **{  # alike at all limits, until filter_preferences
-            "preference": np.tile(preference, (len(cost_limits), 1)),
-            "cost_preference": np.tile(costlier, (len(cost_limits), 1)),
-        },
-    }
+    alike = {"preference": preference, "cost_preference": costlier}  # until filter_preferences
+    at_each_limit = {key: np.tile(x, (len(cost_limits), 1)) for key, x in alike.items()}
+    return {"segment_starts": starts, "safe_label": safe_label, **at_each_limit}
 
 
 def filter_preferences(feedback: Feedback) -> Feedback:

@@ -177,8 +177,7 @@ class Run:
         """Write a checkpoint that ``--resume`` goes on from; arguments as of ``restore``."""
         self._write_means()
         held = {"step": step, "stage": stage, "rows": self.rows, "state": _copied(state)}
-        held["seconds"] = time.time() - self.started
-        content = _as_bytes(held)
+        content = _as_bytes(held | {"seconds": time.time() - self.started})
         with whole_file(self.folder / f"checkpoint-{stage}.pt") as part:
             part.write_bytes(content + hashlib.sha256(content).digest())
 
@@ -195,10 +194,10 @@ class Run:
         path = self.folder / f"checkpoint-{stage}.pt"
         if self.args.resume is None or not path.exists():
             return start
-        content, digest = path.read_bytes()[:-32], path.read_bytes()[-32:]
-        if hashlib.sha256(content).digest() != digest:
+        data = path.read_bytes()
+        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
             raise UserError(f"--resume: {path} is damaged; without it an earlier one may serve")
-        held = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        held = torch.load(io.BytesIO(data[:-32]), weights_only=True, map_location="cpu")
         _put_back(state, held["state"])
         self.step, self.stage, self.rows = held["step"], held["stage"], held["rows"]
         self.started = time.time() - held["seconds"]

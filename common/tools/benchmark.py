@@ -146,8 +146,7 @@ def make_variants(args: Args, failures: list[str]) -> list[tuple[str, list[str],
     own = {name: flags.split() for name, _, flags in (x.partition(" ") for x in args.flags_of)}
     points = [[f"--{flag}", value] for flag, *values in args.sweep for value in values]
     points += [[f"--{flag}"] for flag, *values in args.sweep if not values]  # a switch
-    variants, steps = [], []
-    unknown = {token for token in args.flags if token.startswith("--")}
+    variants, unknown = [], {token for token in args.flags if token.startswith("--")}
     for name in choose_algorithms(args.algorithms):
         try:
             args_class = tables.script_args(name)
@@ -155,8 +154,6 @@ def make_variants(args: Args, failures: list[str]) -> list[tuple[str, list[str],
             failures.append(f"{name}: {error}")
             continue
         kept, lacks = flags_of(args_class, args.flags)
-        had = vars(parse_args(args_class, [*kept, *own.get(name, ()), *seeds]))
-        steps.append(f"{name} {' + '.join(f'{k} {had[k]}' for k in had if k.endswith('steps'))}")
         mine = [point for point in points if not flags_of(args_class, point)[1]]
         unknown &= set(lacks)
         if lacks or (points and not mine):
@@ -166,6 +163,11 @@ def make_variants(args: Args, failures: list[str]) -> list[tuple[str, list[str],
             variants.append((name, point, [*kept, *own.get(name, ()), *point, *seeds]))
     # The same --steps may be all of one method's budget, and a part of another's.
     if any(token.partition("=")[0].endswith("steps") for token in args.flags):
+        steps = []
+        for name, _, given in (variant for variant in variants if not variant[1]):
+            had = vars(parse_args(tables.script_args(name), given))
+            parts = [f"{k} {had[k]}" for k in had if k.endswith("steps")]
+            steps.append(f"{name} {' + '.join(parts)}")
         print(f"note: steps: {'; '.join(steps)}", flush=True)
     if unknown or (not variants and not failures):
         flags = sorted(unknown or {point[0] for point in points})

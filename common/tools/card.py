@@ -19,13 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.args import LabelArgs, UserError, parse_args, printable, run_main, whole_file
-from common.dataset import (
-    Dataset,
-    get_cost_limits,
-    load_dataset,
-    reward_range,
-    within,
-)
+from common.dataset import Dataset, get_cost_limits, load_dataset, reward_range, within
 from common.feedback import get_feedback
 from common.tasks import Task, get_task, infos, segment_length
 from common.tools import check_output
@@ -53,8 +47,7 @@ def label_shares(dataset: Dataset, horizon: int, limit: float, length: int) -> t
     share is nan where no segment is safe.
     """
     lengths = dataset.episode_ends - dataset.episode_starts
-    steps_left = np.repeat(dataset.episode_ends, lengths) - np.arange(len(dataset.costs))
-    starts = np.flatnonzero(steps_left >= length)
+    starts = dataset.segment_starts(length)
     windows = np.lib.stride_tricks.sliding_window_view(dataset.costs, length)
     safe = within(windows.sum(-1)[starts], limit * length / horizon)
     unsafe_origin = np.repeat(~within(dataset.episode_costs, limit), lengths)[starts]

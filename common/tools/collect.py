@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.args import TrainingError, UserError, parse_args, progress_bar, run_main, whole_file
 from common.dataset import within
-from common.evaluation import cpu_cores, no_interrupts, start_worker
+from common.evaluation import GONE, cpu_cores, no_interrupts, start_worker
 from common.simulators import check_installed, make, reset, step, to_box
 from common.tasks import Task, get_task, infos, reference_returns
 from common.tools import check_output
@@ -232,8 +232,7 @@ def answers(pipes: list[Connection], experts: int, actions: Sequence = ()) -> li
             pipe.send(share)
         told = [pipe.recv() for pipe in pipes]
     except (EOFError, OSError):
-        reason = "it was killed, or had too little memory, or its environment ended it"
-        raise TrainingError(f"a process that steps the environments is gone: {reason}") from None
+        raise TrainingError(f"a process that steps the environments is gone: {GONE}") from None
     for answer in told:
         if isinstance(answer, TrainingError):
             raise answer

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from common.args import whole_file
 from common.dataset import within
+from common.results import SCORES
 from common.tasks import TASKS
-from common.tools.tables import SCORES, Result, interval, suite, titles
+from common.tools.tables import Result, interval, suite, titles
 
 import matplotlib
 import numpy as np

@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 
 from common.args import OutputArgs, TaskArgs, UserError, printable
 from common.dataset import within
-from common.evaluation import ALGORITHMS, load_script
+from common.evaluation import load_script, script_files
+from common.results import SCORES
 from common.tasks import TASKS, segment_length
 
 import numpy as np
@@ -25,7 +26,6 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 # Flags of every script that say on what and how it is run, not what the method is.
 SHARED = {field.name for args in (TaskArgs, OutputArgs) for field in dataclasses.fields(args)}
 SIMULATORS = ("gymnasium", "dsrl", "bullet-safety-gym", "pybullet")
-SCORES = ("normalized_reward", "normalized_cost")
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())["tables"]
 DRAWS = 10_000  # of the bootstrap
 LEGEND = """Normalised reward / normalised cost; in bold what is safe (a cost of at most 1), in \
@@ -174,8 +174,8 @@ def script_args(name: str) -> type:
     except UserError:
         raise
     except Exception as error:  # the file may be anybody's, and half written
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"algorithms/{name}.py: cannot be imported ({reason})") from None
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"algorithms/{name}.py: cannot be imported ({why})") from None
 
 
 def method_flags(result: Result, defaults: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -249,9 +249,9 @@ def suite(task: str) -> str:
 def titles() -> dict[str, str]:
     """The methods' names, by file: the first line up to the colon; with the file's where shared."""
     names = {}
-    for path in sorted(ALGORITHMS.glob("[!_]*.py")):
+    for name, path in script_files().items():
         head, colon, _ = path.read_text().partition("\n")[0].lstrip('"').partition(":")
-        names[path.stem] = head if colon else path.stem
+        names[name] = head if colon else name
     shared = [name for name in names.values() if list(names.values()).count(name) > 1]
     return {k: f"{name} ({k})" if name in shared else name for k, name in names.items()}
 
