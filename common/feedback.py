@@ -74,6 +74,9 @@ def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
         length = length or segment_length(task, limits)
         shape, provenance = (length, args.num_pairs), {"source": "synthetic"}
         pairs = [label_pairs(dataset, task, seed, limits, *shape, *noise) for seed in args.seeds]
+        lengths = dataset.episode_ends - dataset.episode_starts
+        if missed := lengths[lengths < length].sum() / len(dataset.rewards):
+            print(f"note: {missed:.1%} of the steps are in episodes shorter than a segment, {length}")
     else:
         if any(noise) or length or len(limits) != 1:
             raise UserError(

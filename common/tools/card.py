@@ -29,8 +29,11 @@ import numpy as np
 import tyro
 
 LIMITS = """
-   limit  a segment           safe      safe  of these, from  best return    episodes
-   kappa   may cost       episodes  segments unsafe episodes    within it  above half"""
+   limit  a segment           safe  best return    episodes
+   kappa   may cost       episodes    within it  above half"""
+LABELS = """
+what labels are worth: the segments called safe; of these, the share from unsafe episodes
+  L, steps  of T_max"""
 
 
 def suggested_limits(dataset: Dataset) -> tuple[float, ...]:
@@ -42,9 +45,8 @@ def suggested_limits(dataset: Dataset) -> tuple[float, ...]:
 def label_shares(dataset: Dataset, horizon: int, limit: float, length: int) -> tuple[float, float]:
     """Share of the segments labelled safe; of these, the share cut from unsafe episodes.
 
-    A segment of L = ``length`` steps, of one episode, is safe iff its summed cost is at most
-    kappa * L / T_max. It may show how an episode begins that costs more than kappa. The second
-    share is nan where no segment is safe.
+    A safe segment may be the start of an episode that costs more than kappa. The second share is
+    nan where no segment is safe.
     """
     lengths = dataset.episode_ends - dataset.episode_starts
     starts = dataset.segment_starts(length)
@@ -86,13 +88,17 @@ def card(task: Task, dataset: Dataset, limits: Sequence[float], length: int) -> 
         best = returns.max(initial=-math.inf)
         # "Above half of the best" says nothing where the best is not positive.
         half = (returns > best / 2).sum() if best > 0 else "-"
-        safe, unsafe_origin = label_shares(dataset, task.horizon, limit, length)
         best_within = f"{best:.6g}" if len(returns) else "-"
         kept = f"{len(returns)} ({len(returns) / len(lengths):.1%})"
         lines.append(
-            f"{limit:8g}{limit * length / task.horizon:11.4g}{kept:>15}{safe:10.1%}"
-            f"{unsafe_origin:16.1%}{best_within:>13}{half:>12}"
+            f"{limit:8g}{limit * length / task.horizon:11.4g}{kept:>15}{best_within:>13}{half:>12}"
         )
+    lines.append(LABELS + "".join(f"{f'limit {limit:g}':>18}" for limit in limits))
+    shares = {round(share * task.horizon) for share in (0.1, 0.25, 0.5, 0.75, 1)}
+    for steps in sorted({length} | {x for x in shares if 1 <= x <= lengths.max()}):
+        cells = (label_shares(dataset, task.horizon, limit, steps) for limit in limits)
+        worth = "".join(f"{safe:10.1%}{unsafe_origin:8.1%}" for safe, unsafe_origin in cells)
+        lines.append(f"{steps:10}{steps / task.horizon:10.2g}{worth}")
     return "\n".join(lines)
 
 

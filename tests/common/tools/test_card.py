@@ -55,18 +55,20 @@ def test_shares_of_safe_segments_against_a_slow_loop(length, tmp_path):
         assert origin == sum(unsafe) / len(unsafe) if unsafe else math.isnan(origin)
 
 
-def row(out: str, limit: str) -> list[str]:
-    """The words of a limit's line in the card's table."""
-    return next(w for w in map(str.split, out.splitlines()) if w[:1] == [limit] and "%)" in w[3])
+def row(out: str, first: str) -> list[str]:
+    """The words of a table's line that begins with this one."""
+    return next(words for words in map(str.split, out.splitlines()) if words[:1] == [first])
 
 
 def test_the_numbers_of_a_card(five):
-    out = card(TASK, five, (2.0, 5.0, 7.0, 8.0, 0.0), 2)
-    # A segment, a whole episode here, may cost 2 * 2 / 100: only the one without cost is safe.
-    assert row(out, "2") == ["2", "0.04", "3", "(60.0%)", "20.0%", "0.0%", "50", "2"]
-    assert row(out, "5") == ["5", "0.1", "4", "(80.0%)", "20.0%", "0.0%", "60", "3"]
+    text = card(TASK, five, (2.0, 5.0, 7.0, 8.0, 0.0), 2)
+    out, labels = text.split("what labels are worth")
+    assert row(out, "2") == ["2", "0.04", "3", "(60.0%)", "50", "2"]
+    assert row(out, "5") == ["5", "0.1", "4", "(80.0%)", "60", "3"]
     assert row(out, "8")[-2:] == ["100", "2"]  # 50 is not above half of 100
     assert row(out, "0")[-2:] == ["9", "1"]
+    # A segment, a whole episode here, may cost 2 * 2 / 100: only the one without cost is safe.
+    assert row(labels, "2") == ["2", "0.02", *("20.0%", "0.0%") * 5]
     lines = [line.split() for line in out.splitlines()]
     for words in ("length 2 2 2", "return 9 50 100", "cost 0 2 8"):
         assert words.split() in lines
@@ -105,15 +107,25 @@ def test_script_on_the_bundled_data(tmp_path, monkeypatch, run_script):
     with h5py.File(BUNDLED / "SafetyBallRun.hdf5") as file:
         costs = file["costs"][()].reshape(900, 100)
         returns = file["rewards"][()].astype(float).reshape(900, 100).sum(1)
+    worth = {length: [str(length), f"{length / 100:g}"] for length in (10, 20, 25, 50, 75, 100)}
+    out, labels = out.split("what labels are worth")
     for limit in (10, 20, 40):
         safe = costs.sum(1) <= limit
-        kept = np.stack([costs[:, t : t + 20].sum(1) <= limit / 5 for t in range(81)])
         best = returns[safe].max()
         assert row(out, str(limit)) == [
             *(str(limit), f"{limit / 5:g}", str(safe.sum()), f"({safe.mean():.1%})"),
-            *(f"{kept.mean():.1%}", f"{kept[:, ~safe].sum() / kept.sum():.1%}"),
             *(f"{best:.6g}", str((returns[safe] > best / 2).sum())),
         ]
+        for length, cells in worth.items():
+            kept = np.stack(
+                [
+                    costs[:, t : t + length].sum(1) <= limit * length / 100
+                    for t in range(101 - length)
+                ]
+            )
+            cells += [f"{kept.mean():.1%}", f"{kept[:, ~safe].sum() / kept.sum():.1%}"]
+    for length, cells in worth.items():
+        assert row(labels, str(length)) == cells
     for text in (
         "BallRun: Bullet, OfflineBallRun-v0",
         "100 steps; a segment, L: 20",
