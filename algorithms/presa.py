@@ -74,8 +74,8 @@ class Args(OutputArgs, FeedbackArgs):
     """eta = lambda_u n_u / (lambda_s n_s), weight of unsafe over safe (eq. 10; paper, Table 13)"""
     delta: float = 0.95
     """delta, required weighted mean probability of the right label (eq. 13, 15; paper, Table 14)"""
-    z_ref: Literal["batch", "clamped", "none"] = "batch"
-    """reference point of the score: the batch's mean, that but at least 0 (KTO), or 0 (Table 2)"""
+    z_ref: Literal["batch", "none"] = "batch"
+    """reference point of the score: the batch's mean, or 0 (Table 2)"""
     nu_init: float = 1.0
     """nu at the start, objective presa (ours)"""
     nu_lr: float = 5e-2
@@ -193,8 +193,7 @@ def alignment_loss(
     """
     safe_label, weight, has_preference = labels
     preference = preference_loss(score, has_preference, alpha)
-    mean = reference_point(score, safe_label, beta)
-    point = {"batch": mean, "clamped": mean.clamp(min=0), "none": torch.zeros_like(mean)}[z_ref]
+    point = reference_point(score, safe_label, beta) if z_ref == "batch" else score.new_zeros(())
     probability = safety_probability(score, safe_label, beta, point)
     violation = constraint_violation(probability, weight, delta)
     loss = preference_weight * preference + nu * violation  # eq. 15
@@ -208,7 +207,6 @@ def alignment_loss(
         "violation": violation,
         "weighted_probability": (weight * probability).mean(),  # weights have mean 1 over all pairs
         "z_ref": point,
-        "z_ref_above_0": (mean > 0).float(),
         "safe_score": masked_mean(score, safe),
         "unsafe_score": masked_mean(score, unsafe),
         "preference_accuracy": masked_mean(right, has_preference),
@@ -320,8 +318,7 @@ def main() -> None:
         # 2. the Lagrangian of every run, eq. 15
         labels = (safe_label, weight, has_preference)
         loss, metrics = torch.vmap(run_loss)(aligned, nu, labels, seed_of, pairs, masks)  # [R] each
-        # 3. theta descends, by ever smaller steps
-        optimizer.param_groups[0]["lr"] = args.lr * (last + 1 - step) / args.steps
+        # 3. theta descends
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()

@@ -62,7 +62,7 @@ class LabelArgs(TaskArgs):
     num_pairs: int = 10_000
     """pairs of segments (paper, section 6.1)"""
     segment_length: int | None = None
-    """L, steps; default: 3/4 of the horizon, since labels of shorter ones mislead (measured)"""
+    """L, steps; default: the shortest that can tell the tightest limit, 20 or more (ours)"""
     label_noise: float = 0.0
     """share of the safety labels that are flipped (paper, Table 7)"""
 

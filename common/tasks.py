@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import math
 import runpy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -138,13 +139,15 @@ def own_task(env_id: str) -> Task:
     return Task(name, "own", env_id, *sizes, horizon, (), "", *map(tuple, box))
 
 
-def segment_length(task: Task) -> int:
-    """L, steps, by default: three quarters of the longest episode.
+def segment_length(task: Task, cost_limits: Sequence[float]) -> int:
+    """L, steps: the default for a task; of one's own task it depends on the cost limits given.
 
-    The label of a shorter segment says too little about its episode, and whole episodes would
-    leave only one segment of each (measured: common/measured/README.md, The recipe).
+    The shortest segments whose labels can tell the tightest limit from "any cost is unsafe"
+    (kappa_min * L / T_max >= 1), at least 20 steps, and no more than an episode has.
     """
-    return round(0.75 * task.horizon)
+    limits = task.cost_limits or cost_limits
+    tightest = min((limit for limit in limits if limit > 0), default=math.inf)
+    return min(max(20, math.ceil(task.horizon / tightest)), task.horizon)
 
 
 def reference_returns(task: Task) -> tuple[float, float]:

@@ -152,7 +152,7 @@ def main() -> None:
         asked = suggested_limits(dataset)
         print("limits: suggestions, that a tenth, a quarter and a half of the episodes keep")
     limits = get_cost_limits(task, asked)
-    length = args.segment_length or segment_length(task)
+    length = args.segment_length or segment_length(task, limits)
     get_feedback(dataset, task, LabelArgs(cost_limits=limits, segment_length=length))  # may warn
     print(card(task, dataset, limits, length), flush=True)
     draw(task, dataset, limits, output)

@@ -188,7 +188,7 @@ def method_flags(result: Result, defaults: Any) -> tuple[dict[str, Any], dict[st
     """
     default = {k: v for k, v in dataclasses.asdict(defaults).items() if k not in SHARED}
     if "segment_length" in default:
-        default["segment_length"] = segment_length(TASKS[result.task])
+        default["segment_length"] = segment_length(TASKS[result.task], result.cost_limits)
     default = json.loads(json.dumps(default))  # tuples become lists, as in the file
     had = dict(default)
     for field in default.keys() & result.config.keys():

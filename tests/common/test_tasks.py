@@ -50,9 +50,14 @@ def test_a_task_is_what_dsrl_says_and_the_simulator_plays(task):
     env.close()
 
 
-def test_default_segments_are_three_quarters_of_an_episode():
-    assert {segment_length(x) / x.horizon for x in TASKS.values()} == {0.75}
-    assert [segment_length(own(horizon=x)) for x in (1, 2, 1001)] == [1, 2, 751]
+def test_default_segments_can_tell_the_limits_apart():
+    for task in TASKS.values():
+        length = segment_length(task, (1.0,))  # its own limits decide
+        assert min(task.cost_limits) * length / task.horizon >= 1
+        assert 20 <= length <= task.horizon
+    assert segment_length(own(horizon=1000), (0.0,)) == 20
+    assert segment_length(own(horizon=10), (5.0,)) == 10
+    assert segment_length(own(horizon=1000), (0.0, 7.0, 9.0)) == 143
 
 
 def own(horizon):
