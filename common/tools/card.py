@@ -50,8 +50,8 @@ def label_shares(dataset: Dataset, horizon: int, limit: float, length: int) -> t
     """
     lengths = dataset.episode_ends - dataset.episode_starts
     starts = dataset.segment_starts(length)
-    windows = np.lib.stride_tricks.sliding_window_view(dataset.costs, length)
-    safe = within(windows.sum(-1)[starts], limit * length / horizon)
+    before = np.append(0, dataset.costs.cumsum())  # of each step, what all before it cost
+    safe = within(before[starts + length] - before[starts], limit * length / horizon)
     unsafe_origin = np.repeat(~within(dataset.episode_costs, limit), lengths)[starts]
     return safe.mean(), unsafe_origin[safe].mean() if safe.any() else math.nan
 

@@ -117,13 +117,9 @@ def test_script_on_the_bundled_data(tmp_path, monkeypatch, run_script):
             *(f"{best:.6g}", str((returns[safe] > best / 2).sum())),
         ]
         for length, cells in worth.items():
-            kept = np.stack(
-                [
-                    costs[:, t : t + length].sum(1) <= limit * length / 100
-                    for t in range(101 - length)
-                ]
-            )
-            cells += [f"{kept.mean():.1%}", f"{kept[:, ~safe].sum() / kept.sum():.1%}"]
+            windows = np.lib.stride_tricks.sliding_window_view(costs, length, 1)
+            kept = windows.sum(-1) <= limit * length / 100  # [episodes, starts]
+            cells += [f"{kept.mean():.1%}", f"{kept[~safe].sum() / kept.sum():.1%}"]
     for length, cells in worth.items():
         assert row(labels, str(length)) == cells
     for text in (
