@@ -71,10 +71,10 @@ def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
     # A method that sees no preferences has no flag for their noise.
     noise = (getattr(args, "preference_noise", 0.0), args.label_noise)
     if args.feedback is None:
-        length = length or segment_length(task)
+        lengths = dataset.episode_ends - dataset.episode_starts
+        length = length or min(segment_length(task), int(lengths.max()))
         shape, provenance = (length, args.num_pairs), {"source": "synthetic"}
         pairs = [label_pairs(dataset, task, seed, limits, *shape, *noise) for seed in args.seeds]
-        lengths = dataset.episode_ends - dataset.episode_starts
         if missed := lengths[lengths < length].sum() / len(dataset.rewards):
             print(f"note: {missed:.1%} of the steps are in episodes too short for a segment")
     else:

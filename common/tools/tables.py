@@ -102,10 +102,17 @@ class Result(About):
         return self
 
     @property
+    def title(self) -> str:
+        """The method's name: PreSa; with 0 in place of the paper's reference point, PreSa-0."""
+        return titles()[self.algorithm] + "-0" * (self.flags.get("z_ref") == "none")
+
+    @property
     def label(self) -> str:
         """The method's name and its change as one types it: ``PreSa --eta 10``."""
-        words = [titles()[self.algorithm]]
+        words = [self.title]
         for field, value in self.change.items():
+            if field == "z_ref":
+                continue  # the name says it
             words.append(f"--{'no-' * (value is False)}{field.replace('_', '-')}")
             if not isinstance(value, bool):
                 values = value if isinstance(value, list) else [value]
@@ -115,7 +122,7 @@ class Result(About):
     @property
     def name(self) -> str:
         """The same, without the flags of the main grid."""
-        return self.label if self.varied else titles()[self.algorithm]
+        return self.label if self.varied else self.title
 
     def scores(self) -> np.ndarray:
         """Scores of the last policies."""
@@ -163,7 +170,7 @@ def read_results(paths: Iterable[Path]) -> list[Result]:
         mine = [other.change for other in results if other.algorithm == result.algorithm]
         # The main grid's flags: the defaults, or what else all the method's results have in common.
         grid = next((x for x in mine if all(x.items() <= y.items() for y in mine)), {})
-        result.varied = result.change.keys() - grid.keys()
+        result.varied = result.change.keys() - grid.keys() - {"z_ref"}
     return results
 
 
@@ -313,7 +320,7 @@ def make_table(results: Sequence[Result], intervals: bool) -> str:
     def place(result: Result) -> tuple:
         changed = result.change.items()
         values = [(field, x if type(x) in (int, float) else 0, str(x)) for field, x in changed]
-        return titles()[result.algorithm], len(values), values
+        return result.title, len(values), values
 
     check_comparable(results)
     ours, told = {}, {}
