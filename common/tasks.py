@@ -138,15 +138,6 @@ def own_task(env_id: str) -> Task:
     return Task(name, "own", env_id, *sizes, horizon, (), "", *map(tuple, box))
 
 
-def segment_length(task: Task) -> int:
-    """L, steps, by default: three quarters of the longest episode.
-
-    The label of a shorter segment says too little about its episode, and whole episodes would
-    leave only one segment of each (measured: common/measured/README.md, The recipe).
-    """
-    return round(0.75 * task.horizon)
-
-
 def reference_returns(task: Task) -> tuple[float, float]:
     """DSRL's lowest and highest return of one of the 29 tasks, which scores are normalised by."""
     return infos().MIN_EPISODE_REWARD[task.name], infos().MAX_EPISODE_REWARD[task.name]

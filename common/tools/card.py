@@ -136,8 +136,8 @@ class Args:
     """the picture to write (.png, .pdf or .svg); default: the task's name, .png, in this folder"""
     cost_limits: tuple[float, ...] | None = None
     """kappa, summed cost of an episode; default: the suite's three (DSRL); own: suggestions"""
-    segment_length: int | None = None
-    """L, steps; default: the task's"""
+    segment_length: float = 1.0
+    """L: steps, or up to 1 a share of the longest episode"""
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from common.args import OutputArgs, TaskArgs, UserError, printable
 from common.dataset import within
 from common.evaluation import load_script, script_files
 from common.results import SCORES
-from common.tasks import TASKS, segment_length
+from common.tasks import TASKS
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -194,17 +194,19 @@ def method_flags(result: Result, defaults: Any) -> tuple[dict[str, Any], dict[st
         UserError: one is of another type.
     """
     default = {k: v for k, v in dataclasses.asdict(defaults).items() if k not in SHARED}
-    if "segment_length" in default:
-        default["segment_length"] = segment_length(TASKS[result.task])
     default = json.loads(json.dumps(default))  # tuples become lists, as in the file
     had = dict(default)
     for field in default.keys() & result.config.keys():
         value = result.config[field]
         if isinstance(value, dict):  # of feedback: how it was made, or its file
             value = Path(str(value["path"])).name if "path" in value else None
+        if type(value) is int and type(default[field]) is float:
+            value = float(value)
         if value is not None and type(value) is not type(default[field]) is not type(None):
             raise UserError(f"config.{field}: {value} is no value of --{field.replace('_', '-')}")
         had[field] = default[field] if value is None else value
+    if had.get("segment_length", 0) > 1:  # a run tells its steps, a table the share of the horizon
+        had["segment_length"] = round(had["segment_length"] / TASKS[result.task].horizon, 3)
     return had, default
 
 

@@ -111,7 +111,9 @@ def test_binary_alignments_loss_is_equation_9():
     label = np.array([[1, -1], [-1, -1], [0, 0], [1, -1], [-1, -1], [1, -1]], float)
     weight[label == 0] = 0
     labels = tuple(torch.tensor(x) for x in (label, weight, np.abs(label[:, 0])))
-    loss, metrics = binary_alignment.alignment_loss(torch.tensor(score), labels, beta=1.3, z_ref="batch")
+    loss, metrics = binary_alignment.alignment_loss(
+        torch.tensor(score), labels, beta=1.3, z_ref="batch"
+    )
     z_ref = 1.3 * score[label != 0].mean()
     p = 1 / (1 + np.exp(-label * (1.3 * score - z_ref)))
     assert loss.item() == pytest.approx((weight * (1 - p)).sum() / 12, rel=1e-9)

@@ -202,7 +202,7 @@ def people(tmp_path, **change) -> Path:
 
 
 def labelled(dataset, path, **flags) -> Feedback:
-    flags = {"seeds": (0,), "cost_limits": (20.0,), "segment_length": None} | flags
+    flags = {"seeds": (0,), "cost_limits": (20.0,), "segment_length": 1.0} | flags
     return feedback_of(dataset, feedback=path, **flags)
 
 

@@ -3,7 +3,7 @@
 from common import tasks
 from common.args import UserError
 from common.simulators import make
-from common.tasks import TASKS, get_task, segment_length
+from common.tasks import TASKS, get_task
 from tests.conftest import real_gymnasium
 
 import numpy as np
@@ -48,11 +48,6 @@ def test_a_task_is_what_dsrl_says_and_the_simulator_plays(task):
         if terminated or truncated:
             observation, _ = env.reset()
     env.close()
-
-
-def test_default_segments_are_three_quarters_of_an_episode():
-    assert {segment_length(x) / x.horizon for x in TASKS.values()} == {0.75}
-    assert [segment_length(own(horizon=x)) for x in (1, 2, 1001)] == [1, 2, 751]
 
 
 def own(horizon):

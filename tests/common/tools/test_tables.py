@@ -100,15 +100,16 @@ def test_what_differs_from_the_defaults_is_a_row_of_its_own(folder):
         write(folder, "presa", "BallRun", 0.3, 2, name=f"eta{eta}", eta=eta, **FEEDBACK)
     write(folder, "presa", "CarRun", 0.5, 9, name="z", **FEEDBACK | {"z_ref": "none"})
     write(folder, "presa", "BallRun", 0.5, 9, name="short", segment_length=40, **FEEDBACK)
+    write(folder, "presa", "CarRun", 0.5, 9, name="alike", segment_length=80, **FEEDBACK)
     rows = rows_of(folder)
     assert rows["PreSa"]["BallRun"] == "**0.20 / 0.50** (6 of 6)"
     assert rows["PreSa --eta 0.5"]["BallRun"] == "0.30 / 2.00 (0 of 6)"
     assert rows["PreSa --eta 5 in the paper"]["BallRun"] == "-0.17 / 5.46"
     assert rows["PreSa-0"]["CarRun"] == "0.50 / 9.00 (0 of 6)", "a name of its own"
     assert rows["PreSa-0 in the paper"]["CarRun"] == "**0.95 / 0.00**", "its Table 2"
-    assert "PreSa --segment-length 40" in rows
-    # BallRun has 100 steps: by default segments of 75; nor is device a method's
-    write(folder, "presa", "BallRun", 0.7, 0.5, segment_length=75, device="cuda", **FEEDBACK)
+    assert rows["PreSa --segment-length 0.4"].keys() >= {"BallRun", "CarRun"}, "of 100 and of 200"
+    # BallRun has 100 steps; nor is device a method's
+    write(folder, "presa", "BallRun", 0.7, 0.5, segment_length=100, device="cuda", **FEEDBACK)
     assert rows_of(folder)["PreSa"]["BallRun"] == "**0.70 / 0.50** (6 of 6)"
 
 
