@@ -111,7 +111,7 @@ class Result(About):
         """The method's name and its change as one types it: ``PreSa --eta 10``."""
         words = [self.title]
         for field, value in self.change.items():
-            if field == "z_ref":
+            if field == "z_ref" and value in ("batch", "none"):
                 continue  # the name says it
             words.append(f"--{'no-' * (value is False)}{field.replace('_', '-')}")
             if not isinstance(value, bool):
