@@ -14,7 +14,7 @@ desirable segments from the others. That is PreSa's safety term alone, with othe
     y              safe_label              +1 safe and preferred, -1 else; 0: no telling
     log pi(a|s)    log_prob                -|pi(s) - a|^2, a Gaussian of fixed variance (B.4)
     psi / beta     score, Psi above        sum_t gamma^t log pi(a_t|s_t) / pi_ref(a_t|s_t) (eq. 7)
-    z_ref          z_ref                   reference point: the batch's mean of beta * score
+    z_ref          z_ref                   reference point: 0, or the batch's mean of beta * score
     beta           beta                    temperature (eq. 7)
     lambda_s/u, w  weight                  class weights (eq. 10), normalised to mean 1
     eta            eta                     relative importance of the two classes
@@ -59,8 +59,8 @@ class Args(OutputArgs, FeedbackArgs):
     """gamma, discount inside a segment (eq. 7; the paper's proof: close to 1)"""
     eta: float = 0.1
     """eta = lambda_u n_u / (lambda_s n_s), weight of unsafe over safe (eq. 10; PreSa: Table 13)"""
-    z_ref: Literal["batch", "none"] = "batch"
-    """reference point of the score: the batch's mean, or 0 (Table 2)"""
+    z_ref: Literal["none", "batch"] = "none"
+    """reference point of the score: 0 (measured), or the batch's mean (paper, Table 2)"""
 
     # ---- optimisation
     bc_steps: int = 1_500
@@ -160,7 +160,7 @@ def alignment_loss(
     score: Tensor,
     labels: tuple[Tensor, Tensor, Tensor],
     beta: float,
-    z_ref: str = "batch",
+    z_ref: str = "none",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 9 for one run: the loss of a batch, and what to log of it, all scalars.
 
@@ -286,7 +286,8 @@ def main() -> None:
         # 2. the loss of every run, eq. 9
         labels = (safe_label, weight, has_preference)
         loss, metrics = torch.vmap(run_loss)(aligned, labels, seed_of, pairs, masks)  # [R] each
-        # 3. theta descends
+        # 3. theta descends, by ever smaller steps
+        optimizer.param_groups[0]["lr"] = args.lr * (last + 1 - step) / args.steps
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()

@@ -18,7 +18,7 @@ tells safe segments from unsafe ones (a loss like KTO's); a Lagrange multiplier 
     y              safe_label              +1 safe, -1 unsafe; 0: nobody can tell
     log pi(a|s)    log_prob                -|pi(s) - a|^2, a Gaussian of fixed variance (B.4)
     psi / beta     score, Psi above        sum_t gamma^t log pi(a_t|s_t) / pi_ref(a_t|s_t) (eq. 7)
-    z_ref          z_ref                   reference point: the batch's mean of beta * score
+    z_ref          z_ref                   reference point: 0, or the batch's mean of beta * score
     alpha, beta    alpha, beta             temperatures of preference and safety (eq. 3, 7)
     lambda_s/u, w  weight                  class weights (eq. 10), normalised to mean 1
     eta            eta                     relative importance of the two classes
@@ -30,7 +30,9 @@ Where we depart from the paper's text, or it is silent:
   0.1 pushes away from unsafe segments ten times harder than it pulls to safe ones, and on BallRun
   the policy runs off (--eta 10 is that reading); read this way it does what the paper says.
 - Equations 8 and 9 disagree (a mean over each class, or one over all segments). This is eq. 9.
-- KTO clamps its reference point at zero; z_ref is not clamped. Segments all have one length.
+- z_ref is 0 (--z-ref batch is the paper's). Most segments are unsafe, so their mean lies far below
+  the safe ones, which then pull no more, and all scores fall together. KTO clamps the mean at 0;
+  that is the same here, where it is negative. Segments all have one length.
 
 R = seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it
 over all. A seed fixes initial weights, segments, batches and dropout; the limit only the labels.
@@ -74,8 +76,8 @@ class Args(OutputArgs, FeedbackArgs):
     """eta = lambda_u n_u / (lambda_s n_s), weight of unsafe over safe (eq. 10; paper, Table 13)"""
     delta: float = 0.95
     """delta, required weighted mean probability of the right label (eq. 13, 15; paper, Table 14)"""
-    z_ref: Literal["batch", "none"] = "batch"
-    """reference point of the score: the batch's mean, or 0 (Table 2)"""
+    z_ref: Literal["none", "batch"] = "none"
+    """reference point of the score: 0 (measured), or the batch's mean (paper, Table 2)"""
     nu_init: float = 1.0
     """nu at the start, objective presa (ours)"""
     nu_lr: float = 5e-2
@@ -183,7 +185,7 @@ def alignment_loss(
     alpha: float,
     beta: float,
     delta: float,
-    z_ref: str = "batch",
+    z_ref: str = "none",
     preference_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 15 for one run: the Lagrangian of a batch, and what to log of it, all scalars.
@@ -318,7 +320,8 @@ def main() -> None:
         # 2. the Lagrangian of every run, eq. 15
         labels = (safe_label, weight, has_preference)
         loss, metrics = torch.vmap(run_loss)(aligned, nu, labels, seed_of, pairs, masks)  # [R] each
-        # 3. theta descends
+        # 3. theta descends, by ever smaller steps
+        optimizer.param_groups[0]["lr"] = args.lr * (last + 1 - step) / args.steps
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()

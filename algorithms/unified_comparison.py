@@ -256,7 +256,8 @@ def main() -> None:
         # 2. the loss of every run, eq. 4
         labels = (safe_label, order, has_preference)
         loss, metrics = torch.vmap(run_loss)(aligned, labels, seed_of, pairs, masks)  # [R] each
-        # 3. theta descends
+        # 3. theta descends, by ever smaller steps
+        optimizer.param_groups[0]["lr"] = args.lr * (last + 1 - step) / args.steps
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()

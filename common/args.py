@@ -61,8 +61,8 @@ class LabelArgs(TaskArgs):
     """load labelled pairs from this .npz (see common/feedback.py); default: made from the data"""
     num_pairs: int = 10_000
     """pairs of segments (paper, section 6.1)"""
-    segment_length: int | None = None
-    """L, steps; default: the shortest that can tell the tightest limit, 20 or more (ours)"""
+    segment_length: float = 1.0
+    """L: steps, or up to 1 a share of the longest episode; of shorter ones labels mislead (ours)"""
     label_noise: float = 0.0
     """share of the safety labels that are flipped (paper, Table 7)"""
 

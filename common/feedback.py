@@ -19,7 +19,7 @@ from typing import Any
 
 from common.args import UserError
 from common.dataset import Dataset, file_sha256, get_cost_limits, within
-from common.tasks import Task, segment_length
+from common.tasks import Task
 
 import numpy as np
 import torch
@@ -71,11 +71,16 @@ def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
     # A method that sees no preferences has no flag for their noise.
     noise = (getattr(args, "preference_noise", 0.0), args.label_noise)
     if args.feedback is None:
-        length = length or segment_length(task, limits)
+        lengths = dataset.episode_ends - dataset.episode_starts
+        length = round(length * lengths.max() if length <= 1 else length)
+        if length < 1:
+            raise UserError(f"--segment-length {args.segment_length}: must be 1 step or more")
         shape, provenance = (length, args.num_pairs), {"source": "synthetic"}
         pairs = [label_pairs(dataset, task, seed, limits, *shape, *noise) for seed in args.seeds]
+        if missed := lengths[lengths < length].sum() / len(dataset.rewards):
+            print(f"note: {missed:.1%} of the steps are in episodes too short for a segment")
     else:
-        if any(noise) or length or len(limits) != 1:
+        if any(noise) or length != 1 or len(limits) != 1:
             raise UserError(
                 "--feedback: its labels are for one limit, as in --cost-limits 20; leave out "
                 "--segment-length, --label-noise and --preference-noise, which are not for a file"

@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import math
 import runpy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -137,17 +136,6 @@ def own_task(env_id: str) -> Task:
     name = env_id.rpartition(":")[-1].replace("/", "-")  # names a folder
     sizes, box = (observations[0], actions.shape[0]), (actions.low.tolist(), actions.high.tolist())
     return Task(name, "own", env_id, *sizes, horizon, (), "", *map(tuple, box))
-
-
-def segment_length(task: Task, cost_limits: Sequence[float]) -> int:
-    """L, steps: the default for a task; of one's own task it depends on the cost limits given.
-
-    The shortest segments whose labels can tell the tightest limit from "any cost is unsafe"
-    (kappa_min * L / T_max >= 1), at least 20 steps, and no more than an episode has.
-    """
-    limits = task.cost_limits or cost_limits
-    tightest = min((limit for limit in limits if limit > 0), default=math.inf)
-    return min(max(20, math.ceil(task.horizon / tightest)), task.horizon)
 
 
 def reference_returns(task: Task) -> tuple[float, float]:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.args import LabelArgs, UserError, parse_args, printable, run_main, whole_file
 from common.dataset import Dataset, get_cost_limits, load_dataset, reward_range, within
 from common.feedback import get_feedback
-from common.tasks import Task, get_task, infos, segment_length
+from common.tasks import Task, get_task, infos
 from common.tools import check_output
 
 import h5py
@@ -136,8 +136,8 @@ class Args:
     """the picture to write (.png, .pdf or .svg); default: the task's name, .png, in this folder"""
     cost_limits: tuple[float, ...] | None = None
     """kappa, summed cost of an episode; default: the suite's three (DSRL); own: suggestions"""
-    segment_length: int | None = None
-    """L, steps; default: the task's"""
+    segment_length: float = 1.0
+    """L: steps, or up to 1 a share of the longest episode"""
 
 
 def main() -> None:
@@ -152,8 +152,8 @@ def main() -> None:
         asked = suggested_limits(dataset)
         print("limits: suggestions, that a tenth, a quarter and a half of the episodes keep")
     limits = get_cost_limits(task, asked)
-    length = args.segment_length or segment_length(task, limits)
-    get_feedback(dataset, task, LabelArgs(cost_limits=limits, segment_length=length))  # may warn
+    labels = LabelArgs(cost_limits=limits, segment_length=args.segment_length)
+    length = get_feedback(dataset, task, labels).segment_length  # may warn
     print(card(task, dataset, limits, length), flush=True)
     draw(task, dataset, limits, output)
     print(f"{output}: cost against return, a dot an episode")

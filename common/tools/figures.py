@@ -1,5 +1,6 @@
 """The paper's figures from the results of runs, readable in black and white at column width."""
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from common.args import whole_file
 from common.dataset import within
 from common.results import SCORES
 from common.tasks import TASKS
-from common.tools.tables import Result, interval, suite, titles
+from common.tools.tables import Result, interval, suite
 
 import matplotlib
 import numpy as np
@@ -24,26 +25,27 @@ plt.rcParams["text.parse_math"] = False  # a flag's value may hold a "$"
 
 def draw_all(results: Sequence[Result], folder: Path) -> Iterator[Path]:
     """Draw what there are results for; yields the pictures' paths."""
-    results = sorted(results, key=lambda r: (titles()[r.algorithm], list(TASKS).index(r.task)))
+    results = sorted(results, key=lambda r: (r.title, list(TASKS).index(r.task)))
     grid, figures = [result for result in results if not result.varied], {}
     if grid:
         figures |= {"figure2": safe_shares(grid), "figure3": scatter(grid)}
     for flag in sorted({flag for r in results if len(r.varied) == 1 for flag in r.varied}):
-        methods = {result.algorithm for result in results if result.varied == {flag}}
-        swept = [r for r in results if r.algorithm in methods and r.varied <= {flag}]
+        methods = {result.title for result in results if result.varied == {flag}}
+        swept = [r for r in results if r.title in methods and r.varied <= {flag}]
         if all(type(result.flags[flag]) in (int, float) for result in swept):
             figures[f"figure4-{flag}"] = against_flag(swept, flag)
         else:
             figures[f"figure3-{flag}"] = scatter(swept)
     curves = [r for r in grid if r.curve and len(r.curve.step) > 1]
-    for algorithm, name in dict.fromkeys((r.algorithm, suite(r.task)) for r in curves):
-        mine = [r for r in curves if (r.algorithm, suite(r.task)) == (algorithm, name)]
-        figures[f"figure6-{algorithm}-{name.lower()}"] = learning_curves(mine)
+    for method in dict.fromkeys((r.title, suite(r.task)) for r in curves):
+        mine = [r for r in curves if (r.title, suite(r.task)) == method]
+        figures[f"figure6-{'-'.join(method)}"] = learning_curves(mine)
     for name, figure in figures.items():
-        with whole_file(folder / f"{name.replace('_', '-')}.png") as part:
+        path = folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.png"
+        with whole_file(path) as part:
             figure.savefig(part, format="png")
         plt.close(figure)
-        yield folder / f"{name.replace('_', '-')}.png"
+        yield path
 
 
 def panels(rows: int, columns: int, height: float, **shared: bool) -> tuple[plt.Figure, np.ndarray]:
@@ -55,21 +57,20 @@ def panels(rows: int, columns: int, height: float, **shared: bool) -> tuple[plt.
 def safe_shares(grid: Sequence[Result]) -> plt.Figure:
     """Figure 2: of all trained policies of a method, which share is safe; bars for each suite."""
     figure, ((axis,),) = panels(1, 1, 1.7)
-    methods = list(dict.fromkeys(result.algorithm for result in grid))
+    methods = list(dict.fromkeys(result.title for result in grid))
     suites = list(dict.fromkeys(suite(result.task) for result in grid))
     for i, name in enumerate(suites):
         safe = {method: [] for method in methods}
         for result in grid:
             if suite(result.task) == name:
-                safe[result.algorithm].append(within(result.scores()[1], 1))
+                safe[result.title].append(within(result.scores()[1], 1))
         shares = [np.mean(x) if x else np.nan for x in safe.values()]
         width, grey = 0.8 / len(suites), str(0.8 - 0.25 * i)
         at = np.arange(len(methods)) + (i + 0.5) * width - 0.4
         look = {"color": grey, "edgecolor": "black", "hatch": ("", "////", "....")[i]}
         bars = axis.bar(at, shares, width, label=name, **look)
         axis.bar_label(bars, [f"{x:.0%}".replace("nan%", "") for x in shares], fontsize=5)
-    heads = [titles()[method] for method in methods]
-    axis.set_xticks(range(len(methods)), heads, rotation=40, ha="right")
+    axis.set_xticks(range(len(methods)), methods, rotation=40, ha="right")
     axis.set(ylabel="share of safe policies", ylim=(0, 1.1))
     figure.legend(loc="outside upper center", ncols=len(suites))
     return figure
@@ -110,16 +111,16 @@ def against_flag(results: Sequence[Result], flag: str) -> plt.Figure:
     tasks = [task for task in TASKS if any(r.task == task and r.varied for r in results)]
     figure, axes = task_panels(tasks, f"--{flag.replace('_', '-')}")
     results = sorted(results, key=lambda result: result.flags[flag])
-    for i, algorithm in enumerate(sorted({result.algorithm for result in results})):
+    for i, title in enumerate(sorted({result.title for result in results})):
         for row, task in zip(axes, tasks, strict=True):
-            mine = [r for r in results if (r.algorithm, r.task) == (algorithm, task)]
+            mine = [r for r in results if (r.title, r.task) == (title, task)]
             values = [result.flags[flag] for result in mine]
             means = [result.scores().mean((1, 2)) for result in mine]
             ends = [interval(result.scores()) for result in mine]  # low and high
             look = {"color": f"C{i}", "linewidth": 1, "markersize": 3}
             for j, axis in enumerate(row if mine else ()):
                 mean, (low, high) = np.array(means)[:, j], np.array(ends)[:, :, j].T
-                axis.plot(values, mean, LOOKS[i % 8], label=titles()[algorithm], **look)
+                axis.plot(values, mean, LOOKS[i % 8], label=title, **look)
                 axis.fill_between(values, low, high, alpha=0.15, color=f"C{i}")
     if results[0].flags[flag] > 0 and results[-1].flags[flag] >= 20 * results[0].flags[flag]:
         plt.setp(axes, xscale="log")

@@ -37,8 +37,8 @@ class Args:
     """the file to write"""
     cost_limit: float | None = None
     """kappa behind the safety labels, summed cost of an episode; default: the task's middle one"""
-    segment_length: int | None = None
-    """L, steps; default: the task's"""
+    segment_length: float = 1.0
+    """L: steps, or up to 1 a share of the longest episode"""
     num_pairs: int = 10_000
     """pairs of segments (paper, section 6.1)"""
     seed: int = 0

@@ -18,7 +18,7 @@ from common.args import OutputArgs, TaskArgs, UserError, printable
 from common.dataset import within
 from common.evaluation import load_script, script_files
 from common.results import SCORES
-from common.tasks import TASKS, segment_length
+from common.tasks import TASKS
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -102,10 +102,17 @@ class Result(About):
         return self
 
     @property
+    def title(self) -> str:
+        """The method's name: PreSa; with 0 in place of the paper's reference point, PreSa-0."""
+        return titles()[self.algorithm] + "-0" * (self.flags.get("z_ref") == "none")
+
+    @property
     def label(self) -> str:
         """The method's name and its change as one types it: ``PreSa --eta 10``."""
-        words = [titles()[self.algorithm]]
+        words = [self.title]
         for field, value in self.change.items():
+            if field == "z_ref" and value in ("batch", "none"):
+                continue  # the name says it
             words.append(f"--{'no-' * (value is False)}{field.replace('_', '-')}")
             if not isinstance(value, bool):
                 values = value if isinstance(value, list) else [value]
@@ -115,7 +122,7 @@ class Result(About):
     @property
     def name(self) -> str:
         """The same, without the flags of the main grid."""
-        return self.label if self.varied else titles()[self.algorithm]
+        return self.label if self.varied else self.title
 
     def scores(self) -> np.ndarray:
         """Scores of the last policies."""
@@ -163,7 +170,7 @@ def read_results(paths: Iterable[Path]) -> list[Result]:
         mine = [other.change for other in results if other.algorithm == result.algorithm]
         # The main grid's flags: the defaults, or what else all the method's results have in common.
         grid = next((x for x in mine if all(x.items() <= y.items() for y in mine)), {})
-        result.varied = result.change.keys() - grid.keys()
+        result.varied = result.change.keys() - grid.keys() - {"z_ref"}
     return results
 
 
@@ -187,17 +194,19 @@ def method_flags(result: Result, defaults: Any) -> tuple[dict[str, Any], dict[st
         UserError: one is of another type.
     """
     default = {k: v for k, v in dataclasses.asdict(defaults).items() if k not in SHARED}
-    if "segment_length" in default:
-        default["segment_length"] = segment_length(TASKS[result.task], result.cost_limits)
     default = json.loads(json.dumps(default))  # tuples become lists, as in the file
     had = dict(default)
     for field in default.keys() & result.config.keys():
         value = result.config[field]
         if isinstance(value, dict):  # of feedback: how it was made, or its file
             value = Path(str(value["path"])).name if "path" in value else None
+        if type(value) is int and type(default[field]) is float:
+            value = float(value)
         if value is not None and type(value) is not type(default[field]) is not type(None):
             raise UserError(f"config.{field}: {value} is no value of --{field.replace('_', '-')}")
         had[field] = default[field] if value is None else value
+    if had.get("segment_length", 0) > 1:  # a run tells its steps, a table the share of the horizon
+        had["segment_length"] = round(had["segment_length"] / TASKS[result.task].horizon, 3)
     return had, default
 
 
@@ -313,7 +322,7 @@ def make_table(results: Sequence[Result], intervals: bool) -> str:
     def place(result: Result) -> tuple:
         changed = result.change.items()
         values = [(field, x if type(x) in (int, float) else 0, str(x)) for field, x in changed]
-        return titles()[result.algorithm], len(values), values
+        return result.title, len(values), values
 
     check_comparable(results)
     ours, told = {}, {}

@@ -20,9 +20,9 @@ def train(two_armed, run_of):
     """Train on the two-armed data: rows, results, and a policy's mean action over random states."""
 
     def run(module, *flags):
-        small = "--hidden-size 32 --lr 3e-3 --steps 300"
+        small = "--hidden-size 32 --lr 6e-3 --steps 300"
         if module in ALIGNMENT:
-            small += " --num-pairs 500 --bc-steps 150 --bc-lr 3e-3"
+            small += " --num-pairs 500 --segment-length 20 --bc-steps 150 --bc-lr 3e-3"
         rows, results, saved = run_of(module, two_armed, *small.split(), *flags)
 
         def mean_action(r=0):
@@ -111,7 +111,9 @@ def test_binary_alignments_loss_is_equation_9():
     label = np.array([[1, -1], [-1, -1], [0, 0], [1, -1], [-1, -1], [1, -1]], float)
     weight[label == 0] = 0
     labels = tuple(torch.tensor(x) for x in (label, weight, np.abs(label[:, 0])))
-    loss, metrics = binary_alignment.alignment_loss(torch.tensor(score), labels, beta=1.3)
+    loss, metrics = binary_alignment.alignment_loss(
+        torch.tensor(score), labels, beta=1.3, z_ref="batch"
+    )
     z_ref = 1.3 * score[label != 0].mean()
     p = 1 / (1 + np.exp(-label * (1.3 * score - z_ref)))
     assert loss.item() == pytest.approx((weight * (1 - p)).sum() / 12, rel=1e-9)

@@ -37,7 +37,7 @@ def plain_presa_loss(score, label, weight, has_preference, nu, z_ref=None):
 
 @pytest.fixture
 def batch():
-    """The scores have a negative mean, at which a clamped z_ref would show."""
+    """The scores have a negative mean, which a reference point of 0 is not."""
     rng = np.random.default_rng(3)
     score = rng.normal(-1, 2, (PAIRS, 2))
     label = rng.choice([-1.0, 1.0], (PAIRS, 2))
@@ -47,10 +47,10 @@ def batch():
     return score, label, weight, has_preference
 
 
-def torch_loss(score, label, weight, has_preference, **more):
+def torch_loss(score, label, weight, has_preference, z_ref="batch", **more):
     labels = tuple(torch.tensor(x) for x in (label, weight, has_preference))
     nu = torch.tensor(1.7, dtype=torch.float64)
-    return presa.alignment_loss(score, labels, nu, **WEIGHTS, **more)
+    return presa.alignment_loss(score, labels, nu, **WEIGHTS, z_ref=z_ref, **more)
 
 
 @pytest.mark.parametrize("z_ref", ["batch", "none"])
@@ -210,7 +210,8 @@ def train(two_armed, run_of):
     """Train on the two-armed data: rows of metrics.csv, results, the first run's mean action."""
 
     def run(*flags):
-        small = "--num-pairs 500 --bc-steps 150 --steps 300 --hidden-size 32 --bc-lr 3e-3 --lr 3e-3"
+        small = "--num-pairs 500 --segment-length 20 --hidden-size 32 "
+        small += "--bc-steps 150 --steps 300 --bc-lr 3e-3 --lr 6e-3"
         rows, results, saved = run_of(presa, two_armed, *small.split(), *flags)
         first = {name: p[0] for name, p in saved["parameters"].items()}
         observation = np.random.default_rng(1).normal(size=(500, 7)).astype(np.float32)

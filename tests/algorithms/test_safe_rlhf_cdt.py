@@ -83,7 +83,8 @@ def test_people_who_were_not_asked_which_costs_more(two_armed, tmp_path, run_scr
 
 SMALL = (
     "--width 32 --layers 1 --heads 2 --batch-size 32 --lr 1e-3 --warmup 20 --steps 80 "
-    "--model-width 64 --model-lr 1e-3 --model-steps 400 --num-pairs 2000 --log-every 10"
+    "--model-width 64 --model-lr 1e-3 --model-steps 400 --num-pairs 2000 --log-every 10 "
+    "--segment-length 20"
 )
 
 

@@ -114,7 +114,7 @@ def test_same_command_same_results_and_a_policy_without_pickled_code(
     first, second = (json.loads((path / "results.json").read_text()) for path in folders)
     for results in (first, second):
         del results["wall_seconds"], results["config"]["output_dir"]
-        assert results["config"]["segment_length"] == 20 and results["config"]["num_pairs"] == 200
+        assert results["config"]["segment_length"] == 100 and results["config"]["num_pairs"] == 200
     assert first == second
     assert rows_of(folders[0]) == rows_of(folders[1])
     first, second = (torch.load(path / "policy.pt", weights_only=True) for path in folders)

@@ -3,7 +3,7 @@
 from common import tasks
 from common.args import UserError
 from common.simulators import make
-from common.tasks import TASKS, get_task, segment_length
+from common.tasks import TASKS, get_task
 from tests.conftest import real_gymnasium
 
 import numpy as np
@@ -48,16 +48,6 @@ def test_a_task_is_what_dsrl_says_and_the_simulator_plays(task):
         if terminated or truncated:
             observation, _ = env.reset()
     env.close()
-
-
-def test_default_segments_can_tell_the_limits_apart():
-    for task in TASKS.values():
-        length = segment_length(task, (1.0,))  # its own limits decide
-        assert min(task.cost_limits) * length / task.horizon >= 1
-        assert 20 <= length <= task.horizon
-    assert segment_length(own(horizon=1000), (0.0,)) == 20
-    assert segment_length(own(horizon=10), (5.0,)) == 10
-    assert segment_length(own(horizon=1000), (0.0, 7.0, 9.0)) == 143
 
 
 def own(horizon):

@@ -64,7 +64,7 @@ def test_pairs_are_labelled_by_the_data_and_serve_training_as_they_are(
     flags = ["--data", two_armed, "--output", path, "--num-pairs", 50, "--cost-limit", 10]
     code, out, error = run_script(pairs.main, *flags)
     assert code == 0, error
-    assert "50 pairs of segments of 20 steps" in out
+    assert "50 pairs of segments of 40 steps" in out
     file = dict(np.load(path))
     assert file["segment_starts"].shape == file["safe_label"].shape == (50, 2)
     flags = f"--data {two_armed} --cost-limits 10 --bc-steps 2 --steps 2 --eval-episodes 0 "

@@ -18,7 +18,7 @@ import pytest
 from matplotlib.image import imread
 
 LIMITS, SEEDS = [10.0, 20.0], [0, 1, 2]
-FEEDBACK = {"feedback": {"source": "synthetic"}}
+FEEDBACK = {"feedback": {"source": "synthetic"}, "z_ref": "batch"}
 
 
 def write(folder, algorithm, task, reward, cost, name="", change=(), **config):
@@ -98,16 +98,18 @@ def test_means_marks_and_the_papers_numbers(folder):
 def test_what_differs_from_the_defaults_is_a_row_of_its_own(folder):
     for eta in (0.5, 5.0):
         write(folder, "presa", "BallRun", 0.3, 2, name=f"eta{eta}", eta=eta, **FEEDBACK)
-    write(folder, "presa", "CarRun", 0.5, 9, name="z", z_ref="none", **FEEDBACK)
-    write(folder, "presa", "BallRun", 0.5, 9, name="long", segment_length=40, **FEEDBACK)
+    write(folder, "presa", "CarRun", 0.5, 9, name="z", **FEEDBACK | {"z_ref": "none"})
+    write(folder, "presa", "BallRun", 0.5, 9, name="short", segment_length=40, **FEEDBACK)
+    write(folder, "presa", "CarRun", 0.5, 9, name="alike", segment_length=80, **FEEDBACK)
     rows = rows_of(folder)
     assert rows["PreSa"]["BallRun"] == "**0.20 / 0.50** (6 of 6)"
     assert rows["PreSa --eta 0.5"]["BallRun"] == "0.30 / 2.00 (0 of 6)"
     assert rows["PreSa --eta 5 in the paper"]["BallRun"] == "-0.17 / 5.46"
-    assert rows["PreSa --z-ref none"]["CarRun"] == "0.50 / 9.00 (0 of 6)"
-    assert "PreSa --segment-length 40" in rows
-    # BallRun has 100 steps and a limit of 10: by default segments of 20; nor is device a method's
-    write(folder, "presa", "BallRun", 0.7, 0.5, segment_length=20, device="cuda", **FEEDBACK)
+    assert rows["PreSa-0"]["CarRun"] == "0.50 / 9.00 (0 of 6)", "a name of its own"
+    assert rows["PreSa-0 in the paper"]["CarRun"] == "**0.95 / 0.00**", "its Table 2"
+    assert rows["PreSa --segment-length 0.4"].keys() >= {"BallRun", "CarRun"}, "of 100 and of 200"
+    # BallRun has 100 steps; nor is device a method's
+    write(folder, "presa", "BallRun", 0.7, 0.5, segment_length=100, device="cuda", **FEEDBACK)
     assert rows_of(folder)["PreSa"]["BallRun"] == "**0.70 / 0.50** (6 of 6)"
 
 
@@ -166,8 +168,8 @@ def test_a_damaged_result_is_left_out_in_one_line(damage, said, folder, capsys):
 
 
 def test_a_flag_of_a_file_is_shown_harmlessly(folder):
-    write(folder, "presa", "BallRun", 0.3, 2, name="x", z_ref="\x1b[31m$\\x$", **FEEDBACK)
-    assert "PreSa --z-ref \\x1b[31m$\\x$" in rows_of(folder)
+    write(folder, "presa", "BallRun", 0.3, 2, name="x", objective="\x1b[31m$\\x$", **FEEDBACK)
+    assert "PreSa --objective \\x1b[31m$\\x$" in rows_of(folder)
     assert len(list(draw_all(read_results([folder]), folder))) > 3
 
 
