@@ -161,14 +161,6 @@ def make_variants(args: Args, failures: list[str]) -> list[tuple[str, list[str],
             print(f"note: {name} has no {', '.join(lacks)}", flush=True)
         for point in [[], *mine] if mine or not points else []:
             variants.append((name, point, [*kept, *own.get(name, ()), *point, *seeds]))
-    # The same --steps may be all of one method's budget, and a part of another's.
-    if any(token.partition("=")[0].endswith("steps") for token in args.flags):
-        steps = []
-        for name, _, given in (variant for variant in variants if not variant[1]):
-            had = vars(parse_args(tables.script_args(name), given))
-            parts = [f"{k} {had[k]}" for k in had if k.endswith("steps")]
-            steps.append(f"{name} {' + '.join(parts)}")
-        print(f"note: steps: {'; '.join(steps)}", flush=True)
     if unknown or (not variants and not failures):
         flags = sorted(unknown or {point[0] for point in points})
         raise UserError(f"{', '.join(flags)}: no method here has that flag")

@@ -55,6 +55,8 @@ MULTIPLIER_I = 0.1  # gain, per iteration (measured)
 MULTIPLIER_MAX = 5.0  # beyond it the reward would be forgotten (measured)
 GAMMA, GAE_LAMBDA = 0.99, 0.95  # discount, and the advantage's lambda (PPO's)
 CLIP = 0.2  # how far an action's probability may change in an iteration (PPO's)
+EPOCHS, BATCH_SIZE = 8, 512  # passes over an iteration's steps; an expert's steps in a minibatch
+HIDDEN_SIZE = 64  # units of each of the two hidden layers of actor and critic (PPO's)
 
 KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
 Episode = dict[str, np.ndarray]  # arrays [T, ...] by DSRL's keys
@@ -103,28 +105,22 @@ class Args:
     """environments, shared out among the experts (ours)"""
     rollout: int = 200
     """steps of each environment per iteration (ours)"""
-    epochs: int = 8
-    """passes over the steps of an iteration (ours)"""
-    batch_size: int = 512
-    """steps of each expert in a minibatch (ours)"""
     lr: float = 3e-4
     """learning rate, Adam (PPO's)"""
     std_start: float = 0.6
     """standard deviation of the first actions, in an action box of [-1, 1] (ours)"""
     std_end: float = 0.2
     """of the last ones; it falls geometrically (ours)"""
-    hidden_size: int = 64
-    """units of each of the two hidden layers of actor and critic (PPO's)"""
 
 
 class Experts(nn.Module):
     """M actors and M critics, tanh, two hidden layers; the critics value reward and cost."""
 
-    def __init__(self, experts: int, observation_dim: int, action_dim: int, hidden_size: int):
+    def __init__(self, experts: int, observation_dim: int, action_dim: int):
         super().__init__()
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
         for name, out, gain in (("actor", action_dim, 0.01), ("critic", 2, 1.0)):
-            sizes = (observation_dim, hidden_size, hidden_size, out)
+            sizes = (observation_dim, HIDDEN_SIZE, HIDDEN_SIZE, out)
             for layer, scale in enumerate((2**0.5, 2**0.5, gain)):
                 weight = torch.empty(experts, sizes[layer], sizes[layer + 1])
                 for expert in weight:
@@ -299,7 +295,7 @@ def train(args: Args, task: Task, max_cost: float, iterations: int) -> Iterator[
     torch.set_num_threads(1)  # the workers need the cores, and sums keep their order
     torch.manual_seed(args.seed)
     n = args.envs // args.experts
-    experts = Experts(args.experts, task.observation_dim, task.action_dim, args.hidden_size)
+    experts = Experts(args.experts, task.observation_dim, task.action_dim)
     optimizer = torch.optim.Adam(experts.parameters(), lr=args.lr, fused=True)
     rows = []  # what each step brought, [M, n, ...] each
     began = np.zeros((args.experts, n), int)  # the row that an episode began in
@@ -378,9 +374,9 @@ def train(args: Args, task: Task, max_cost: float, iterations: int) -> Iterator[
             target = (target - value_mean) / value_std
 
         # 4. PPO
-        for _ in range(args.epochs):
+        for _ in range(EPOCHS):
             shuffled = torch.randperm(args.rollout * n)
-            for batch in shuffled.split(args.batch_size):
+            for batch in shuffled.split(BATCH_SIZE):
                 new = log_prob(experts("actor", observation[:, batch]), std, action[:, batch])
                 actor = ppo_loss(new, old[:, batch], advantage[:, batch])  # [M]
                 error = experts("critic", observation[:, batch]) - target[:, batch]

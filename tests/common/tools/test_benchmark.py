@@ -130,10 +130,6 @@ def test_the_runs_of_a_grid_and_of_a_sweep(capsys):
     plain, own = jobs_of(*one, "--flags-of", "presa --steps 9 --eta 2", "--", "--lr", "7")
     assert "9" not in plain.flags and "7" in plain.flags and "7" in own.flags
     assert own.flags[own.flags.index("--steps") + 1] == "9"
-    capsys.readouterr()
-    jobs_of(*one, "--flags-of", "presa --bc-steps 7", "--", "--steps=9")
-    said = "note: steps: bc_all steps 9; presa bc_steps 7 + steps 9\n"
-    assert capsys.readouterr().out == said, "the same flag is another budget"
     others = [
         jobs_of(*one, *flags)[0].folder
         for flags in ((), ("--seeds", "0"), ("--", "--lr", "1"), ("--", "--eval-episodes", "3"))

@@ -155,7 +155,7 @@ def test_thinning_keeps_the_best_of_each_cell_and_within_each_cost():
 
 
 def test_a_small_collection_is_the_same_whatever_the_number_of_workers(tmp_path, run_script):
-    flags = "--steps 3200 --envs 8 --rollout 100 --experts 2 --epochs 1 --hidden-size 16"
+    flags = "--steps 3200 --envs 8 --rollout 100 --experts 2"
     files = []
     for workers in (1, 2):
         files.append(tmp_path / f"{workers}.hdf5")
