@@ -53,8 +53,8 @@ class Args(OutputArgs, FeedbackArgs):
     """Binary Alignment: safe and preferred, or not, as one label."""
 
     # ---- objective
-    beta: float = 1.0
-    """beta, temperature of the safety score (eq. 7; PreSa: Table 12)"""
+    beta: float = 0.1
+    """beta, temperature of the safety score (eq. 7; PreSa: measured; Table 12: 1)"""
     gamma: float = 1.0
     """gamma, discount inside a segment (eq. 7; the paper's proof: close to 1)"""
     eta: float = 0.1
@@ -69,10 +69,10 @@ class Args(OutputArgs, FeedbackArgs):
     """learning rate of behaviour cloning, Adam (ours)"""
     bc_batch_size: int = 512
     """transitions a step of behaviour cloning (ours)"""
-    steps: int = 3_000
+    steps: int = 1_000
     """steps of alignment (PreSa: measured)"""
-    lr: float = 1e-3
-    """learning rate of alignment, Adam (PreSa: measured)"""
+    lr: float = 3e-3
+    """learning rate of alignment, Adam, at its start; it falls linearly to 0 (PreSa: measured)"""
     batch_size: int = 16
     """pairs a step of alignment (PreSa: measured)"""
     hidden_size: int = 256

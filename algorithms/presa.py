@@ -66,16 +66,16 @@ class Args(OutputArgs, FeedbackArgs):
     # ---- objective
     objective: Literal["presa", "preference", "safety"] = "presa"
     """all of eq. 15, or one module alone (Figure 3): eq. 4 (nu = 0) or eq. 9 (nu = 1)"""
-    alpha: float = 0.1
-    """alpha, temperature of the preference (eq. 3; measured)"""
-    beta: float = 1.0
-    """beta, temperature of the safety score (eq. 7; paper, Table 12)"""
+    alpha: float = 0.03
+    """alpha, temperature of the preference (eq. 3; measured, for whole episodes)"""
+    beta: float = 0.1
+    """beta, temperature of the safety score (eq. 7; measured, for whole episodes; Table 12: 1)"""
     gamma: float = 1.0
     """gamma, discount inside a segment (eq. 7; the paper's proof: close to 1)"""
     eta: float = 0.1
     """eta = lambda_u n_u / (lambda_s n_s), weight of unsafe over safe (eq. 10; paper, Table 13)"""
-    delta: float = 0.95
-    """delta, required weighted mean probability of the right label (eq. 13, 15; paper, Table 14)"""
+    delta: float = 0.8
+    """delta, required weighted mean probability of the right label (eq. 13; measured, not 0.95)"""
     z_ref: Literal["none", "batch"] = "none"
     """reference point of the score: 0 (measured), or the batch's mean (paper, Table 2)"""
     nu_init: float = 1.0
@@ -90,10 +90,10 @@ class Args(OutputArgs, FeedbackArgs):
     """learning rate of behaviour cloning, Adam (ours)"""
     bc_batch_size: int = 512
     """transitions a step of behaviour cloning (ours)"""
-    steps: int = 3_000
+    steps: int = 1_000
     """steps of alignment (measured)"""
-    lr: float = 1e-3
-    """learning rate of alignment, Adam (measured)"""
+    lr: float = 3e-3
+    """learning rate of alignment, Adam, at its start; it falls linearly to 0 (measured)"""
     batch_size: int = 16
     """pairs a step of alignment (measured)"""
     hidden_size: int = 256

@@ -63,10 +63,10 @@ class Args(OutputArgs, FeedbackArgs):
     """learning rate of behaviour cloning, Adam (ours)"""
     bc_batch_size: int = 512
     """transitions a step of behaviour cloning (ours)"""
-    steps: int = 3_000
+    steps: int = 1_000
     """steps of alignment (PreSa: measured)"""
-    lr: float = 1e-3
-    """learning rate of alignment, Adam (PreSa: measured)"""
+    lr: float = 3e-3
+    """learning rate of alignment, Adam, at its start; it falls linearly to 0 (PreSa: measured)"""
     batch_size: int = 16
     """pairs a step of alignment (PreSa: measured)"""
     hidden_size: int = 256
