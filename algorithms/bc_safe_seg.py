@@ -44,7 +44,7 @@ class Args(OutputArgs, LabelArgs):
 
     # ---- optimisation
     steps: int = 4_500
-    """steps of behaviour cloning (ours: as many as both stages of PreSa)"""
+    """steps of behaviour cloning (ours: more than both stages of PreSa)"""
     lr: float = 1e-3
     """learning rate, Adam (ours: that of PreSa's first stage)"""
     batch_size: int = 512

@@ -32,7 +32,8 @@ Where we depart from the paper's text, or it is silent:
 - Equations 8 and 9 disagree (a mean over each class, or one over all segments). This is eq. 9.
 - z_ref is 0 (--z-ref batch is the paper's). Most segments are unsafe, so their mean lies far below
   the safe ones, which then pull no more, and all scores fall together. KTO clamps the mean at 0;
-  that is the same here, where it is negative. Segments all have one length.
+  that is the same here, where it is negative.
+- Segments are whole episodes. Psi adds up L steps, so beta and delta are smaller than the paper's.
 
 R = seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it
 over all. A seed fixes initial weights, segments, batches and dropout; the limit only the labels.
