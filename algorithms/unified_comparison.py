@@ -51,7 +51,7 @@ class Args(OutputArgs, FeedbackArgs):
     """Unified Comparison: safe before unsafe, then better before worse, as one preference."""
 
     # ---- objective
-    alpha: float = 0.1
+    alpha: float = 0.03
     """alpha, temperature of the preference (eq. 3; PreSa: measured)"""
     gamma: float = 1.0
     """gamma, discount inside a segment (eq. 7; the paper's proof: close to 1)"""

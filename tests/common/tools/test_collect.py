@@ -120,7 +120,7 @@ def test_limits_are_swept_down_and_up_each_expert_in_its_turn():
 
 def test_experts_are_separate_networks():
     torch.manual_seed(0)
-    experts, observation = Experts(3, 5, 2, 8), torch.randn(3, 4, 5)
+    experts, observation = Experts(3, 5, 2), torch.randn(3, 4, 5)
     out = experts("actor", observation)
     for m in range(3):
         hidden = observation[m]
