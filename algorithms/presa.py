@@ -169,14 +169,14 @@ def constraint_violation(probability: Tensor, weight: Tensor, delta: float) -> T
 def class_weights(safe_label: Tensor, eta: float) -> Tensor:
     """w(y): lambda_u n_u / (lambda_s n_s) = eta, and a mean of 1 over all segments -> [P, 2].
 
-    safe_label is [P, 2], at least one +1; what is left out counts for nothing. Where all are safe
-    the safety term has nothing to say and every weight is 0.
+    safe_label is [P, 2], at least one +1; what is left out counts for nothing.
     """
     safe, unsafe = (safe_label > 0).float(), (safe_label < 0).float()
     n_safe, n_unsafe, n = safe.sum(), unsafe.sum(), safe_label.numel()
+    eta = eta * (n_unsafe > 0)  # where all are safe, the constraint holds the policy on the data
     lambda_safe = n / ((1 + eta) * n_safe)  # eq. 10
     lambda_unsafe = eta * n / ((1 + eta) * n_unsafe.clamp(min=1))  # eq. 10
-    return (lambda_safe * safe + lambda_unsafe * unsafe) * (n_unsafe > 0)
+    return lambda_safe * safe + lambda_unsafe * unsafe
 
 
 def alignment_loss(
@@ -297,7 +297,7 @@ def main() -> None:
     }
     modules = {"presa": (args.nu_init, args.nu_lr), "preference": (0.0, 0.0), "safety": (1.0, 0.0)}
     nu_init, nu_lr = modules[args.objective]
-    nu = nu_init * (weight.sum((1, 2)) > 0)  # [R]; 0 where all segments are safe
+    nu = torch.full((len(weight),), nu_init, device=device)  # [R]
     preference_weight = 0.0 if args.objective == "safety" else 1.0
     rows = args.batch_size * segments[0, 0].numel()  # transitions in a batch
 
@@ -321,8 +321,9 @@ def main() -> None:
         # 2. the Lagrangian of every run, eq. 15
         labels = (safe_label, weight, has_preference)
         loss, metrics = torch.vmap(run_loss)(aligned, nu, labels, seed_of, pairs, masks)  # [R] each
-        # 3. theta descends, by ever smaller steps
-        optimizer.param_groups[0]["lr"] = args.lr * (last + 1 - step) / args.steps
+        # 3. theta descends, by steps that grow for the first tenth and then shrink to 0
+        done = (step - args.bc_steps) / args.steps
+        optimizer.param_groups[0]["lr"] = args.lr * min(done / 0.1, (1 - done) / 0.9)
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()

@@ -256,8 +256,9 @@ def main() -> None:
         # 2. the loss of every run, eq. 4
         labels = (safe_label, order, has_preference)
         loss, metrics = torch.vmap(run_loss)(aligned, labels, seed_of, pairs, masks)  # [R] each
-        # 3. theta descends, by ever smaller steps
-        optimizer.param_groups[0]["lr"] = args.lr * (last + 1 - step) / args.steps
+        # 3. theta descends, by steps that grow for the first tenth and then shrink to 0
+        done = (step - args.bc_steps) / args.steps
+        optimizer.param_groups[0]["lr"] = args.lr * min(done / 0.1, (1 - done) / 0.9)
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
