@@ -66,7 +66,7 @@ class Args(OutputArgs, FeedbackArgs):
     steps: int = 1_000
     """steps of alignment (PreSa: measured)"""
     lr: float = 3e-3
-    """learning rate of alignment, Adam, at its start; it falls linearly to 0 (PreSa: measured)"""
+    """learning rate of alignment, Adam, at its highest, after a tenth of the steps (as PreSa's)"""
     batch_size: int = 16
     """pairs a step of alignment (PreSa: measured)"""
     hidden_size: int = 256
