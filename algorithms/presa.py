@@ -169,14 +169,12 @@ def constraint_violation(probability: Tensor, weight: Tensor, delta: float) -> T
 def class_weights(safe_label: Tensor, eta: float) -> Tensor:
     """w(y): lambda_u n_u / (lambda_s n_s) = eta, and a mean of 1 over all segments -> [P, 2].
 
-    safe_label is [P, 2], at least one +1; what is left out counts for nothing.
+    safe_label is [P, 2], at least one +1; what is left out counts for nothing. Where all are safe,
+    the constraint holds the policy on the data.
     """
     safe, unsafe = (safe_label > 0).float(), (safe_label < 0).float()
-    n_safe, n_unsafe, n = safe.sum(), unsafe.sum(), safe_label.numel()
-    eta = eta * (n_unsafe > 0)  # where all are safe, the constraint holds the policy on the data
-    lambda_safe = n / ((1 + eta) * n_safe)  # eq. 10
-    lambda_unsafe = eta * n / ((1 + eta) * n_unsafe.clamp(min=1))  # eq. 10
-    return lambda_safe * safe + lambda_unsafe * unsafe
+    weight = safe / safe.sum() + eta * unsafe / unsafe.sum().clamp(min=1)  # eq. 10
+    return weight / weight.mean()
 
 
 def alignment_loss(
