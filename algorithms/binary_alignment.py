@@ -147,7 +147,7 @@ def class_weights(safe_label: Tensor, eta: float) -> Tensor:
     """w(y): lambda_u n_u / (lambda_s n_s) = eta, and a mean of 1 over all segments -> [P, 2].
 
     safe_label is [P, 2], at least one +1; what is left out counts for nothing. Where all are safe,
-    the constraint holds the policy on the data.
+    all weigh the same.
     """
     safe, unsafe = (safe_label > 0).float(), (safe_label < 0).float()
     weight = safe / safe.sum() + eta * unsafe / unsafe.sum().clamp(min=1)  # eq. 10

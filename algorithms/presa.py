@@ -32,7 +32,7 @@ Where we depart from the paper's text, or it is silent:
 - Equations 8 and 9 disagree (a mean over each class, or one over all segments). This is eq. 9.
 - z_ref is 0 (--z-ref batch is the paper's). Most segments are unsafe, so their mean lies far below
   the safe ones, which then pull no more, and all scores fall together. KTO clamps the mean at 0;
-  that is the same here, where it is negative.
+  here, where it is negative, that would make it 0.
 - Segments are whole episodes. Psi adds up L steps, so beta and delta are smaller than the paper's.
 
 R = seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it
@@ -170,7 +170,7 @@ def class_weights(safe_label: Tensor, eta: float) -> Tensor:
     """w(y): lambda_u n_u / (lambda_s n_s) = eta, and a mean of 1 over all segments -> [P, 2].
 
     safe_label is [P, 2], at least one +1; what is left out counts for nothing. Where all are safe,
-    the constraint holds the policy on the data.
+    all weigh the same.
     """
     safe, unsafe = (safe_label > 0).float(), (safe_label < 0).float()
     weight = safe / safe.sum() + eta * unsafe / unsafe.sum().clamp(min=1)  # eq. 10

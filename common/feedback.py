@@ -187,7 +187,7 @@ def check_labels(feedback: Feedback) -> None:
     for s, k in np.argwhere((label != -1).all((2, 3))):
         print(
             f"note: every segment of seed {feedback.seeds[s]} is safe at the limit "
-            f"{limits[k]:g}: the safety labels have nothing to say there"
+            f"{limits[k]:g}: the safety labels tell none apart there"
         )
     if len({x.tobytes() for x in label.swapaxes(0, 1)}) < len(limits):
         print("warning: two cost limits have the same labels; longer segments may tell them apart")
