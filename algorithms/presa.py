@@ -76,7 +76,7 @@ class Args(OutputArgs, FeedbackArgs):
     eta: float = 0.1
     """eta = lambda_u n_u / (lambda_s n_s), weight of unsafe over safe (eq. 10; paper, Table 13)"""
     delta: float = 0.8
-    """delta, required weighted mean probability of the right label (eq. 13; measured, not 0.95)"""
+    """delta, required weighted probability of the right label (eq. 13; measured; Table 14: 0.95)"""
     z_ref: Literal["none", "batch"] = "none"
     """reference point of the score: 0 (measured), or the batch's mean (paper, Table 2)"""
     nu_init: float = 1.0

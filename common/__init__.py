@@ -18,7 +18,7 @@ for number, name in enumerate(("stdin", "stdout", "stderr")):
         setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Or glibc gives each large tensor back and fetches it anew, page by page: half the time of a step.
+# Left alone, glibc gives large tensors back and fetches them anew: twice the time of a long step.
 libc = ctypes.CDLL(None)
 if hasattr(libc, "mallopt"):
     libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
