@@ -296,7 +296,7 @@ def main() -> None:
             run.evaluate("align", step, aligned)
         if step % args.checkpoint_every == 0:
             run.save("align", step, training)
-    run.finish(aligned, {}, stage_ends=args.bc_steps)
+    run.finish(aligned, {}, stage_ends=args.bc_steps, reference=reference)
 
 
 def load_policy(config: dict, parameters: dict[str, Tensor]) -> Callable[[np.ndarray], np.ndarray]:

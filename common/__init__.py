@@ -7,15 +7,10 @@ the time beside other programs.
 
 import ctypes
 import os
-import sys
 import tempfile
 
 if os.path.expanduser("~") == "~":  # a user without a home, as in some containers
     os.environ["HOME"] = tempfile.gettempdir()
-for number, name in enumerate(("stdin", "stdout", "stderr")):
-    if getattr(sys, name) is None:  # closed; or a pipe of ours would get its number
-        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-        setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Left alone, glibc gives large tensors back and fetches them anew: twice the time of a long step.

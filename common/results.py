@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -84,7 +83,6 @@ class Run:
         else:
             self.folder = args.resume
             _check_it_is_the_same(self.folder, self.about)
-        self.lock = _lock(self.folder)
         self.step, self.stage = 0, ""  # logged last
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
         self.pending: list[dict[str, Tensor]] = []  # metrics whose means are not due yet
@@ -207,12 +205,17 @@ class Run:
     # ----------------------------------------------------------------------------------- at its end
 
     def finish(
-        self, parameters: dict[str, Tensor], final: dict[str, Any], stage_ends: int = 0
+        self,
+        parameters: dict[str, Tensor],
+        final: dict[str, Any],
+        stage_ends: int = 0,
+        reference: dict[str, Tensor] | None = None,
     ) -> None:
         """Play the last policies, unless they just were; write everything, and print the table.
 
         ``parameters`` as in ``evaluate``; ``final`` are columns of the results, [R] or [S] each,
-        beside the metrics written last; ``stage_ends`` is the step at which pretraining stopped.
+        beside the metrics written last; ``stage_ends`` is the step at which pretraining stopped,
+        and ``reference`` the policies that it left, kept to be played beside the last ones.
 
         Raises:
             TrainingError: they cannot be played; ``policy.pt`` is written.
@@ -220,7 +223,9 @@ class Run:
         self._write_means()
         policy = {**self.about, "config": self.config, "env_id": self.args.env_id}
         policy["reward_range"] = self.reward_range
-        policy["parameters"] = {name: p.detach().cpu() for name, p in parameters.items()}
+        policy["stage_ends"], policy["last_step"] = stage_ends, self.step
+        for kind, values in {"parameters": parameters, "reference": reference or {}}.items():
+            policy[kind] = {name: p.detach().cpu() for name, p in values.items()}
         with whole_file(self.folder / "policy.pt") as part:
             part.write_bytes(_as_bytes(policy))
         if self.scored != self.step:
@@ -239,12 +244,10 @@ class Run:
             "runs": [{**row, **more} for row, more in columns],
         }
         if self.evaluator:
-            for run, scores in zip(results["runs"], self.scores, strict=True):
-                run |= scores
-            results |= mean_scores(self.scores)
-            results["curve"] = {**self._curve(), "stage_ends": stage_ends}
-            _draw(results, self.folder / "curves.png")
-        write_json(self.folder / "results.json", results)
+            curve = {**self._curve(), "stage_ends": stage_ends}
+            write_scored(self.folder, results, self.scores, curve)
+        else:
+            write_json(self.folder / "results.json", results)
         for path in (*self.folder.glob("checkpoint-*.pt"), *self.folder.glob("*.part")):
             path.unlink()
         self.bar.close()
@@ -256,11 +259,25 @@ class Run:
         print(summary(results, self.shown))
 
     def _curve(self) -> dict[str, list]:
-        """Steps at which the policies were scored, [n], and their scores, [n, R] each."""
         rows, count = [row for row in self.rows if SCORES[0] in row], len(self.runs)
-        curve = {name: np.reshape([row[name] for row in rows], (-1, count)) for name in SCORES}
-        steps = {"step": [row["step"] for row in rows[::count]]}
-        return steps | {name: x.round(4).tolist() for name, x in curve.items()}
+        return curve_of({rows[i]["step"]: rows[i : i + count] for i in range(0, len(rows), count)})
+
+
+def curve_of(scored: dict[int, list[dict[str, Any]]]) -> dict[str, list]:
+    """Scores of R runs by step -> the n steps, and the scores, [n, R] each."""
+    curve = {x: [[round(run[x], 4) for run in runs] for runs in scored.values()] for x in SCORES}
+    return {"step": list(scored), **curve}
+
+
+def write_scored(
+    folder: Path, results: dict[str, Any], scores: list[dict[str, Any]], curve: dict[str, Any]
+) -> None:
+    """Add R scores and a curve to a run's results; draw the curve, write ``results.json``."""
+    for run, score in zip(results["runs"], scores, strict=True):
+        run |= score
+    results |= mean_scores(scores) | {"curve": curve}
+    _draw(results, folder / "curves.png")
+    write_json(folder / "results.json", results)
 
 
 def _as_bytes(content: Any) -> bytes:
@@ -288,18 +305,6 @@ def _put_back(state: Any, held: Any) -> None:
     else:
         put = state.set_state if isinstance(state, torch.Generator) else state.load_state_dict
         put(held)
-
-
-def _lock(folder: Path) -> Any:
-    """Keep a run's folder to this process, until it ends; a UserError where another has it."""
-    file = (folder / "config.json").open()
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--resume {folder}: another process goes on with it already") from None
-    except OSError:
-        pass  # this file system has no locks
-    return file
 
 
 def _check_it_is_the_same(folder: Path, about: dict[str, Any]) -> None:

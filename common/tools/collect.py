@@ -7,7 +7,7 @@ A few experts learn side by side, each under a cost limit of its own that is swe
 it learns (DSRL, section 4). Every finished episode is a candidate; those beyond the largest cost or
 below the smallest return are dropped, the others thinned on a grid of cost x return, so that the
 dense corners of the plane do not drown the rest. The file has DSRL's keys, and in its attributes
-the command, the versions and the seed it was made with.
+the settings and the versions it was made with.
 
     limit          what an episode of this expert may cost for now
     multiplier     lambda >= 0, how much cost weighs against reward: a PI controller's output
@@ -23,12 +23,10 @@ import contextlib
 import io
 import math
 import multiprocessing
-import os
-import secrets
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain, zip_longest
 from multiprocessing.connection import Connection
@@ -259,24 +257,6 @@ def thin(
     return np.sort(list(chosen)[:keep])
 
 
-def save(content: memoryview, output: Path) -> tuple[Path, list[str]]:
-    """Write a file, or the same in a folder that has room; its path, and what went wrong before.
-
-    Raises:
-        TrainingError: there is no room anywhere.
-    """
-    spare, failures = f"collected-{secrets.token_hex(4)}.hdf5", []
-    folders = (os.environ.get("TMPDIR", "/tmp"), os.path.expanduser("~"), "/dev/shm")
-    for path in (output, *(Path(folder, spare) for folder in folders)):
-        try:
-            with whole_file(path) as part:
-                part.write_bytes(content)
-            return path, failures
-        except OSError as error:
-            failures.append(str(error))
-    raise TrainingError("; ".join(failures))
-
-
 def train(args: Args, task: Task, max_cost: float, iterations: int) -> Iterator[list[Episode]]:
     """Train the experts; after each step of all environments, yield the episodes that it ended.
 
@@ -412,7 +392,7 @@ def main() -> None:
     check_output(output)
     check_installed()
 
-    failures = []
+    failure = ""
     candidates: list[tuple[float, float, Episode]] = []  # cost, return, and what was played
     iterations = -(-args.steps // (args.rollout * args.envs))
     steps = train(args, task, max_cost, iterations)
@@ -424,19 +404,17 @@ def main() -> None:
                 candidates.append((cost, total, episode))
                 bar.set_postfix(candidates=len(candidates), refresh=False)
     except TrainingError as error:
-        failures.append(str(error))
+        failure = str(error)
     if not candidates:
-        raise TrainingError(*failures or ["no episode is kept; give more --max-cost or --steps"])
+        raise TrainingError(failure or "no episode is kept; give more --max-cost or --steps")
     costs, returns = np.array([(cost, total) for cost, total, _ in candidates]).T
     chosen = thin(costs, returns, args.episodes or keep, args.seed, args.best_within)
     packages = ("torch", "numpy", "gymnasium", "dsrl", "bullet-safety-gym", "safety-gymnasium")
     attributes = {
         "provenance": "PPO-Lagrangian experts, thinned; made by common/tools/collect.py of PreSa",
-        "command": shlex.join(["python", "common/tools/collect.py", *sys.argv[1:]]),
         "environment": task.env_id,
         "versions": ", ".join(f"{p} {version(p)}" for p in packages),
-        "seed": str(args.seed),
-        "settings": str(args),
+        "settings": str(replace(args, output=None, workers=None)),  # which change no number
     }
     buffer = io.BytesIO()  # HDF5 itself crashes on a full disk
     with h5py.File(buffer, "w") as file:
@@ -446,12 +424,13 @@ def main() -> None:
                 file.create_dataset(key, data=array, compression="gzip", shuffle=True)
         for name, text in attributes.items():  # a file's name may be any bytes
             file.attrs[name] = text.encode(errors="backslashreplace").decode()
-    path, refused = save(buffer.getbuffer(), output)
+    with whole_file(output) as part:
+        part.write_bytes(buffer.getbuffer())
     which = ["--env-id", args.env_id] if args.env_id else [task.name]
-    card = shlex.join(["python", "common/tools/card.py", *which, "--data", str(path)])
-    print(f"{path}: {len(chosen)} of {len(candidates)} episodes; {card} shows it", flush=True)
-    if failures + refused:
-        raise TrainingError(f"{'; '.join(failures + refused)}; what was collected is in {path}")
+    card = shlex.join(["python", "common/tools/card.py", *which, "--data", str(output)])
+    print(f"{output}: {len(chosen)} of {len(candidates)} episodes; {card} shows it", flush=True)
+    if failure:
+        raise TrainingError(f"{failure}; what was collected is in {output}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
     python common/tools/evaluate.py runs/presa/BallRun/TIME
     python common/tools/evaluate.py runs/presa/BallRun/TIME --episodes 100
 
-The training seed fixes the episodes: of more, the first are those of fewer.
+The training seed fixes the episodes: of more, the first are those of fewer. The results of a run
+that was trained without evaluation (--eval-episodes 0, where there is no simulator) are completed.
 """
 
+import json
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.args import TrainingError, UserError, parse_args, run_main
 from common.evaluation import Evaluator, score_runs
-from common.results import summary
+from common.results import curve_of, summary, write_scored
 from common.tasks import TASKS, get_task, reference_returns
 from common.tools.tables import About, Number, reason
 
@@ -30,6 +32,9 @@ class Policy(About, arbitrary_types_allowed=True):
     env_id: str | None  # of one's own environment
     reward_range: tuple[Number, Number] | None  # r_min, r_max; none: trained without evaluation
     parameters: dict[str, torch.Tensor]
+    reference: dict[str, torch.Tensor]  # as pretraining left it, [S, ...]; {}: there was none
+    stage_ends: int  # the step at which it did, and the last step
+    last_step: int
 
     @model_validator(mode="after")
     def _fits(self) -> "Policy":
@@ -73,17 +78,28 @@ def main() -> None:
     task = get_task(policy.task, args.env_id)
     runs = [{"cost_limit": k, "seed": s} for s in policy.seeds for k in policy.cost_limits]
     evaluator = Evaluator(task, policy.algorithm, args.episodes, len(runs))
+    stages = {policy.stage_ends: policy.reference, policy.last_step: policy.parameters}
+    scored = {}  # by step: scores of the runs
     try:
-        played = evaluator.play(policy.config, policy.parameters, policy.seeds)
+        for step, parameters in stages.items():
+            if parameters:
+                played = evaluator.play(policy.config, parameters, policy.seeds)
+                returns = policy.reward_range or reference_returns(task)
+                scored[step] = score_runs(runs, *played, returns)
     except TrainingError:
         raise
     except Exception as error:  # the configuration and the parameters may not fit each other
         raise UserError(f"{path}: its policies cannot be played: {reason(error)}") from None
     evaluator.pool.shutdown()
-    scores = score_runs(runs, *played, policy.reward_range or reference_returns(task))
-    results = {**policy.model_dump(exclude={"parameters"}), "task": task.name}
+    scores = scored[policy.last_step]
+    curve = {**curve_of(scored), "stage_ends": policy.stage_ends}
+    file = path.parent / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    if results and "curve" not in results:  # the run was not scored where it was trained
+        write_scored(path.parent, results | {"eval_episodes": args.episodes}, scores, curve)
+    results = {**policy.model_dump(exclude={"parameters", "reference"}), "task": task.name}
     results["runs"] = [{**run, **score} for run, score in zip(runs, scores, strict=True)]
-    print(summary(results, {}))
+    print(summary(results | {"curve": curve}, {}))
 
 
 if __name__ == "__main__":

@@ -60,11 +60,10 @@ def test_cuda_where_there_is_none(tmp_path, run_script):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("how", [">&-", "2>&-", "<&-", "| head -1"])
-def test_a_run_is_whole_whatever_becomes_of_its_streams(how, two_armed, tmp_path):
-    """Its output is in letters that ASCII lacks."""
+def test_a_run_is_whole_though_nobody_reads_its_output_to_the_end(two_armed, tmp_path):
+    """It is in letters that ASCII lacks."""
     flags = f"--data {two_armed} --bc-steps 5 --steps 5 --num-pairs 100 --hidden-size 8"
-    words = f"{sys.executable} {ROOT}/algorithms/presa.py {flags} --eval-episodes 1 {how}"
+    words = f"{sys.executable} {ROOT}/algorithms/presa.py {flags} --eval-episodes 1 | head -1"
     variables = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=variables, capture_output=True)
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr, done.stderr

@@ -163,9 +163,8 @@ def test_a_small_collection_is_the_same_whatever_the_number_of_workers(tmp_path,
         code, out, error = run_script(collect.main, "BallRun", *flags.split(), *where)
         hint = f"python common/tools/card.py BallRun --data {files[-1]} shows it"
         assert code == 0 and f"{files[-1]}: 32 of 32 episodes; {hint}" in out, error
-    with h5py.File(files[0]) as one, h5py.File(files[1]) as two:
-        for key in collect.KEYS:
-            np.testing.assert_array_equal(one[key], two[key])
+    assert files[0].read_bytes() == files[1].read_bytes(), "its SHA-256 hangs on no path either"
+    with h5py.File(files[0]) as one:
         assert one["observations"].shape == one["next_observations"].shape == (3200, 7)
         ends = np.flatnonzero(one["timeouts"][()])
         np.testing.assert_array_equal(ends, np.arange(99, 3200, 100))
@@ -173,8 +172,7 @@ def test_a_small_collection_is_the_same_whatever_the_number_of_workers(tmp_path,
         np.testing.assert_array_equal(
             one["next_observations"][()][inside], one["observations"][()][inside + 1]
         )
-        assert one.attrs["seed"] == "0" and "dsrl 0.1.0" in one.attrs["versions"]
-        assert one.attrs["command"].startswith("python common/tools/collect.py BallRun --steps")
+        assert "seed=0" in one.attrs["settings"] and "dsrl 0.1.0" in one.attrs["versions"]
     dataset = load_dataset(get_task("BallRun"), str(files[0]))
     assert len(dataset.returns) == 32 and (np.abs(dataset.actions) <= 1).all()
     assert {path.name for path in tmp_path.iterdir()} == {"1.hdf5", "2.hdf5"}
@@ -207,18 +205,6 @@ def test_what_was_collected_before_a_fault_is_kept(fault, here):
     assert "slide.hdf5: 8 of 8 episodes" in done.stdout and "is in slide.hdf5" in last
     assert "Traceback" not in done.stderr and "--lr" not in last
     assert load_dataset(get_task("", "slide:Slide-v0"), "slide.hdf5").actions.std() > 0.05
-
-
-def test_a_file_that_cannot_be_written_is_written_elsewhere(here, run_script, monkeypatch):
-    for folder in ("gone", "room"):
-        (here / folder).mkdir()
-    monkeypatch.setenv("TMPDIR", str(here / "room"))
-    flags = ("--env-id", "slide:SlideRemoves-v0", *SMALL.split()[:-1], "gone/slide.hdf5")
-    code, out, error = run_script(collect.main, *flags)
-    (file,) = (here / "room").iterdir()
-    assert code == 1 and f"{file}: 40 of 40 episodes" in out
-    assert error.splitlines()[-1].endswith(f": 'gone/slide.hdf5'; what was collected is in {file}")
-    assert len(load_dataset(get_task("", "slide:Slide-v0"), str(file)).returns) == 40
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

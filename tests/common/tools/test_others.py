@@ -1,5 +1,8 @@
 """The small tools: a policy scored again, pairs to be labelled, and the measurement of speed."""
 
+import json
+from pathlib import Path
+
 from algorithms import presa
 from common.tools import evaluate, pairs, speed
 from tests.conftest import assert_refused, only_run
@@ -10,19 +13,38 @@ import torch
 
 
 @pytest.fixture
-def saved(two_armed, tmp_path, run_script):
+def train(two_armed, tmp_path, run_script):
+    """Train for a few steps, playing so many episodes; returns the policy.pt."""
+
+    def train(episodes: int) -> Path:
+        flags = f"--data {two_armed} --num-pairs 100 --bc-steps 5 --steps 5 --hidden-size 8 "
+        flags += f"--eval-episodes {episodes} --eval-every 5 --device cpu --cost-limits 20 40 "
+        output = tmp_path / f"out{episodes}"
+        code, _, error = run_script(presa.main, *flags.split(), "--output-dir", output)
+        assert code == 0, error
+        return only_run(output) / "policy.pt"
+
+    return train
+
+
+@pytest.fixture
+def saved(train):
     """The policy.pt of a run that was not evaluated."""
-    flags = f"--data {two_armed} --num-pairs 100 --bc-steps 5 --steps 5 --hidden-size 8 "
-    flags += f"--eval-episodes 0 --device cpu --cost-limits 20 40 --output-dir {tmp_path}/out"
-    code, _, error = run_script(presa.main, *flags.split())
-    assert code == 0, error
-    return only_run(tmp_path / "out") / "policy.pt"
+    return train(0)
 
 
-def test_a_policy_that_was_never_evaluated_is_scored(saved, run_script):
-    code, out, error = run_script(evaluate.main, saved, "--episodes", 3)
+def test_results_of_a_run_that_was_not_evaluated_are_completed(saved, train, run_script):
+    code, out, error = run_script(evaluate.main, saved.parent, "--episodes", 3)
     assert code == 0, error
     assert "of 2 runs safe  (seeds 0 × limits 20, 40; data file)" in out.splitlines()[-1]
+    later = json.loads(saved.with_name("results.json").read_text())
+    once = json.loads(train(3).with_name("results.json").read_text())
+    assert later["curve"]["step"] == [5, 10], "the reference, and the last policy"
+    for key in ("runs", "curve", "eval_episodes", "normalized_cost", "safe"):
+        assert later[key] == once[key], f"{key}: as if it had been played while it was trained"
+    assert saved.with_name("curves.png").exists()
+    run_script(evaluate.main, saved.parent, "--episodes", 1)
+    assert json.loads(saved.with_name("results.json").read_text()) == later, "only once"
 
 
 def test_a_saved_thing_that_is_no_policy_is_refused(saved, tmp_path, run_script):
