@@ -275,6 +275,7 @@ def write_scored(
     """Add R scores and a curve to a run's results; draw the curve, write ``results.json``."""
     for run, score in zip(results["runs"], scores, strict=True):
         run |= score
+    results["versions"] = _versions() | results["versions"]  # the simulators may be here alone
     results |= mean_scores(scores) | {"curve": curve}
     _draw(results, folder / "curves.png")
     write_json(folder / "results.json", results)
