@@ -104,14 +104,15 @@ class Result(About):
     @property
     def title(self) -> str:
         """The method's name: PreSa; with 0 in place of the paper's reference point, PreSa-0."""
-        return titles()[self.algorithm] + "-0" * (self.flags.get("z_ref") == "none")
+        zero = self.algorithm == "presa" and self.flags["z_ref"] == "none"
+        return titles()[self.algorithm] + "-0" * zero
 
     @property
     def label(self) -> str:
         """The method's name and its change as one types it: ``PreSa --eta 10``."""
         words = [self.title]
         for field, value in self.change.items():
-            if field == "z_ref" and value in ("batch", "none"):
+            if field == "z_ref" and self.algorithm == "presa":
                 continue  # the name says it
             words.append(f"--{'no-' * (value is False)}{field.replace('_', '-')}")
             if not isinstance(value, bool):

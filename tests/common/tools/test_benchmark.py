@@ -87,7 +87,7 @@ def test_a_grid_goes_on_with_what_was_killed_and_beside_methods_that_are_broken(
     (results,) = folder.rglob("results.json")
     held = json.loads(results.read_text())
     table = (tmp_path / "runs" / "report" / "table.md").read_text()
-    assert "| Mine (mine)-0 --" in table and f"{held['normalized_reward']:.2f} / " in table
+    assert "| Mine (mine) --" in table and f"{held['normalized_reward']:.2f} / " in table
     assert table in out
 
 
