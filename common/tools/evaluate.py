@@ -93,8 +93,11 @@ def main() -> None:
     evaluator.pool.shutdown()
     scores = scored[policy.last_step]
     curve = {**curve_of(scored), "stage_ends": policy.stage_ends}
-    file = path.parent / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    file = path.with_name("results.json")
+    try:
+        results = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        raise UserError(f"{file}: is damaged; without it the policies are scored alone") from None
     if results and "curve" not in results:  # the run was not scored where it was trained
         write_scored(path.parent, results | {"eval_episodes": args.episodes}, scores, curve)
     results = {**policy.model_dump(exclude={"parameters", "reference"}), "task": task.name}

@@ -45,6 +45,9 @@ def test_results_of_a_run_that_was_not_evaluated_are_completed(saved, train, run
     assert saved.with_name("curves.png").exists()
     run_script(evaluate.main, saved.parent, "--episodes", 1)
     assert json.loads(saved.with_name("results.json").read_text()) == later, "only once"
+    saved.with_name("results.json").write_text("{")
+    refused = run_script(evaluate.main, saved.parent, "--episodes", 1)
+    assert_refused(refused, "results.json: is damaged")
 
 
 def test_a_saved_thing_that_is_no_policy_is_refused(saved, tmp_path, run_script):
