@@ -77,6 +77,12 @@ def main() -> None:
         raise UserError(f"{path}: is a policy for {named or policy.task}; {right}")
     task = get_task(policy.task, args.env_id)
     runs = [{"cost_limit": k, "seed": s} for s in policy.seeds for k in policy.cost_limits]
+    file = path.with_name("results.json")
+    try:
+        results = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        raise UserError(f"{file}: is damaged; without it the policies are scored alone") from None
+    returns = policy.reward_range or reference_returns(task)
     evaluator = Evaluator(task, policy.algorithm, args.episodes, len(runs))
     stages = {policy.stage_ends: policy.reference, policy.last_step: policy.parameters}
     scored = {}  # by step: scores of the runs
@@ -84,7 +90,6 @@ def main() -> None:
         for step, parameters in stages.items():
             if parameters:
                 played = evaluator.play(policy.config, parameters, policy.seeds)
-                returns = policy.reward_range or reference_returns(task)
                 scored[step] = score_runs(runs, *played, returns)
     except TrainingError:
         raise
@@ -93,11 +98,6 @@ def main() -> None:
     evaluator.pool.shutdown()
     scores = scored[policy.last_step]
     curve = {**curve_of(scored), "stage_ends": policy.stage_ends}
-    file = path.with_name("results.json")
-    try:
-        results = json.loads(file.read_text()) if file.exists() else {}
-    except ValueError:
-        raise UserError(f"{file}: is damaged; without it the policies are scored alone") from None
     if results and "curve" not in results:  # the run was not scored where it was trained
         write_scored(path.parent, results | {"eval_episodes": args.episodes}, scores, curve)
     results = {**policy.model_dump(exclude={"parameters", "reference"}), "task": task.name}

@@ -52,7 +52,6 @@ faults = {
     "Raises": lambda: 1 / 0,
     "Dies": os.abort,
     "Hangs": lambda: pathlib.Path("asleep").touch() or time.sleep(999),
-    "Removes": lambda: os.system("rm -rf gone"),
 }
 for name, fault in faults.items():
     gymnasium.register(f"Slide{name}-v0", Slide, max_episode_steps=20, kwargs={"fault": fault})
