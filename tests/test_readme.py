@@ -7,6 +7,7 @@ from pathlib import Path
 
 from algorithms import presa
 from common import evaluation
+from common.dataset import BUNDLED
 from common.tools import card, collect, evaluate
 from common.tools.benchmark import MARKED, fill_tables
 from tests.conftest import ROOT, NoWorkers, only_run
@@ -14,6 +15,7 @@ from tests.conftest import ROOT, NoWorkers, only_run
 import h5py
 import numpy as np
 import pytest
+import tyro
 
 MEASURED = ROOT / "common" / "measured"
 FOLDERS = (ROOT, ROOT / "algorithms", ROOT / "common", MEASURED)
@@ -25,6 +27,15 @@ def test_the_tables_of_what_was_measured_are_made_of_its_files():
     assert len(MARKED.findall(page)) > 3
     altered = re.sub(r"\d\.\d\d / ", "7.77 / ", page)  # so a number that is another is found
     assert altered != page and fill_tables(altered, MEASURED) != altered
+
+
+def test_the_bundled_file_is_what_make_data_makes():
+    made = (ROOT / "Makefile").read_text()
+    flags = re.search(r"SafetyBallRun\.hdf5: FLAGS = (.*)", made)[1]
+    seed = re.search(r"collect\.py \$\* (--seed \d+) \$\(FLAGS\)", made)[1]
+    args = tyro.cli(collect.Args, args=["BallRun", *seed.split(), *flags.split()])
+    with h5py.File(BUNDLED / "SafetyBallRun.hdf5") as file:
+        assert file.attrs["settings"] == str(args)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))

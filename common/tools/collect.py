@@ -413,7 +413,7 @@ def main() -> None:
     attributes = {
         "provenance": "PPO-Lagrangian experts, thinned; made by common/tools/collect.py of PreSa",
         "environment": task.env_id,
-        "versions": ", ".join(f"{p} {version(p)}" for p in packages),
+        "versions": ", ".join(f"{p} {version(p).partition('+')[0]}" for p in packages),
         "settings": str(replace(args, output=None, workers=None)),  # which change no number
     }
     buffer = io.BytesIO()  # HDF5 itself crashes on a full disk
@@ -421,7 +421,7 @@ def main() -> None:
         for key in KEYS:
             if args.next_observations or key != "next_observations":
                 array = np.concatenate([candidates[e][2][key] for e in chosen])
-                file.create_dataset(key, data=array, compression="gzip", shuffle=True)
+                file.create_dataset(key, data=array, compression=9, shuffle=True)  # gzip's best
         for name, text in attributes.items():  # a file's name may be any bytes
             file.attrs[name] = text.encode(errors="backslashreplace").decode()
     with whole_file(output) as part:
