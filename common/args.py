@@ -13,7 +13,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -98,9 +98,7 @@ class OutputArgs:
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline works)"""
     wandb_project: str = "presa"
-    """the project there, in which each seed at each limit is a run"""
-    wandb_group: str | None = None
-    """the group of these runs; default: <algorithm>/<task>"""
+    """the project there; each seed at each limit is a run, in the group <algorithm>/<task>"""
 
 
 def parse_args(args_class: type[ArgsT], argv: list[str] | None = None, **ranges: Any) -> ArgsT:
@@ -147,7 +145,7 @@ def check_numbers(
     Raises:
         UserError: names the first flag that is out of its range.
     """
-    seeds = getattr(args, "seeds", (getattr(args, "seed", 0),))
+    seeds = getattr(args, "seeds", (getattr(args, "seed", 0) or 0,))
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
         raise UserError("--seeds: give one or more different whole numbers, none negative")
     for name, value in dataclasses.asdict(args).items():
@@ -174,12 +172,9 @@ def get_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
     """The known names most like ``name``, as part of an error's sentence."""
-    known = list(known)
-    by_lower = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.4)
-    return ", ".join(by_lower[c] for c in close) if close else ", ".join(known)
+    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known)
 
 
 @contextlib.contextmanager

@@ -180,15 +180,23 @@ def load_script(algorithm: str) -> ModuleType:
     return sys.modules[name]
 
 
-def play(task: Task, act: Callable[[np.ndarray], np.ndarray], seeds: list[int]) -> np.ndarray:
+def play(
+    task: Task,
+    act: Callable[[np.ndarray], np.ndarray],
+    seeds: list[int],
+    watch: Callable[..., None] = lambda *seen: None,
+    **options: Any,
+) -> np.ndarray:
     """Play one episode a seed, all at the same time: summed rewards and costs, [2, n].
 
     ``act`` maps observations [n, .] to actions [n, .] in [-1, 1]; if it has a method ``observe``,
-    that is told each step's rewards and costs, [n] each (0 where an episode has ended).
+    that is told each step's rewards and costs, [n] each (0 where an episode has ended). ``watch``
+    is shown, after each step of an episode, its number, its environment, what that is like now and
+    what the step brought, [2]. ``options`` are the environments'.
     """
     played = np.zeros((2, len(seeds)))
     observe = getattr(act, "observe", lambda rewards, costs: None)
-    with torch.inference_mode(), environments(task.env_id, len(seeds)) as envs:
+    with torch.inference_mode(), environments(task.env_id, len(seeds), **options) as envs:
         observations = [reset(env, seed) for env, seed in zip(envs, seeds, strict=True)]
         running = list(range(len(envs)))
         while running:
@@ -201,6 +209,7 @@ def play(task: Task, act: Callable[[np.ndarray], np.ndarray], seeds: list[int]) 
             for i in tuple(running):
                 observations[i], reward, terminated, truncated, cost = step(envs[i], actions[i])
                 brought[:, i] = reward, cost
+                watch(i, envs[i], observations[i], brought[:, i])
                 if terminated or truncated:
                     running.remove(i)
             played += brought

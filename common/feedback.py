@@ -89,6 +89,7 @@ def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
         sha256 = file_sha256(args.feedback)
         provenance = {"source": "file", "path": str(args.feedback), "sha256": sha256}
         pairs = [held] * len(args.seeds)
+        _tell(held, dataset, limits[0] * length / task.horizon, length)
     stacked = {key: np.stack([x[key] for x in pairs]) for key in pairs[0]}
     feedback = Feedback(length, args.seeds, limits, provenance, **stacked)
     if getattr(args, "filter_preferences", False):
@@ -214,6 +215,24 @@ def load_pairs(path: Path, dataset: Dataset, num_pairs: int) -> tuple[dict[str, 
     one_limit = {key: x[None] for key, x in pairs.items()}
     starts = arrays["segment_starts"][:num_pairs].astype(np.int64)
     return {"segment_starts": starts, **one_limit}, int(arrays["segment_length"])
+
+
+def _tell(pairs: dict[str, np.ndarray], dataset: Dataset, threshold: float, length: int) -> None:
+    """Say what people's labels amount to, and how those made from the data agree with them."""
+    told, preferred = pairs["safe_label"][0], pairs["preference"][0]  # [P, 2], [P]
+    steps = pairs["segment_starts"][..., None] + np.arange(length)
+    returns, costs = dataset.rewards[steps].sum(-1), dataset.costs[steps].sum(-1)
+    same_label = (told > 0) == within(costs, threshold)
+    same_preference = (preferred == 1) == (returns[:, 1] > returns[:, 0])
+    clear = (preferred >= 0) & (returns[:, 0] != returns[:, 1])
+    both_safe = ((told == 1).all(1) & (preferred >= 0)).sum()
+    agree = {"preferences": same_preference[clear], "safety labels": same_label[told != 0]}
+    shares = [f"{x.mean():.0%} of the {name}" for name, x in agree.items() if len(x)]
+    print(
+        f"note: {len(told)} pairs: {(told == 1).sum()} safe segments, {(told == -1).sum()} unsafe; "
+        f"{(preferred >= 0).sum()} preferences, {both_safe} of them between safe segments; labels "
+        f"made from rewards and costs would agree with {' and '.join(shares)}"
+    )
 
 
 def _problem(arrays: dict[str, np.ndarray], dataset: Dataset) -> str:

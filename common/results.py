@@ -402,7 +402,7 @@ def _start_wandb(run: Run) -> list[Any]:
 
     args, started = run.args, []
     where = {"project": args.wandb_project, "dir": args.output_dir, "reinit": "create_new"}
-    where["group"] = args.wandb_group or f"{run.algorithm}/{run.about['task']}"
+    where["group"] = f"{run.algorithm}/{run.about['task']}"
     try:
         for each in run.runs:
             name = f"limit {each['cost_limit']:g}, seed {each['seed']}"

@@ -87,7 +87,7 @@ def _leave_out_the_sky() -> None:
     MjModel.from_xml_string = lambda xml, assets=None: compile_model(sky.sub("", xml), assets)
 
 
-def make(env_id: str) -> Any:
+def make(env_id: str, **options: Any) -> Any:
     """Make an environment; one of the reader's own may lie in a module of the working folder."""
     gymnasium = import_gymnasium()
     if os.getcwd() not in sys.path:
@@ -96,7 +96,7 @@ def make(env_id: str) -> Any:
     out, err = sys.__stdout__, sys.__stderr__
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         # The checker repeats, at every step, what the tests check once.
-        return gymnasium.make(env_id, disable_env_checker=True)
+        return gymnasium.make(env_id, disable_env_checker=True, **options)
 
 
 def to_box(actions: np.ndarray, space: Any) -> np.ndarray:
@@ -150,14 +150,14 @@ _kept: dict[str, list[Any]] = {}  # Bullet environments that wait for another ep
 
 
 @contextlib.contextmanager
-def environments(env_id: str, count: int) -> Iterator[list[Any]]:
+def environments(env_id: str, count: int, **options: Any) -> Iterator[list[Any]]:
     """Environments to play one episode each, which goes as in ones just made, to the last bit.
 
     Making a Bullet environment takes up to 0.2 s, so those are kept and brought back. Others are
     made anew: it takes milliseconds, and a used one of SafetyGym's may round differently.
     """
     kept = _kept.setdefault(env_id, [])
-    envs = [kept.pop() if kept else _made(env_id) for _ in range(count)]
+    envs = [kept.pop() if kept else _made(env_id, **options) for _ in range(count)]
     try:
         yield envs
     finally:
@@ -175,8 +175,8 @@ def _is_bullet(env: Any) -> bool:
     return isinstance(env.unwrapped, EnvironmentBuilder)
 
 
-def _made(env_id: str) -> Any:
-    env = make(env_id)
+def _made(env_id: str, **options: Any) -> Any:
+    env = make(env_id, **options)
     if _is_bullet(env):  # its reset restores this state; by default, what its first reset led to
         env.unwrapped.stored_state_id = env.unwrapped.bc.saveState()
     return env

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.args import TrainingError, UserError, parse_args, run_main
 from common.evaluation import Evaluator, score_runs
 from common.results import curve_of, summary, write_scored
-from common.tasks import TASKS, get_task, reference_returns
+from common.tasks import TASKS, Task, get_task, reference_returns
 from common.tools.tables import About, Number, reason
 
 import torch
@@ -61,9 +61,13 @@ class Args:
     """episodes of each run"""
 
 
-def main() -> None:
-    args = parse_args(Args)
-    path = args.policy / "policy.pt" if args.policy.is_dir() else args.policy
+def read_policy(path: Path, env_id: str | None) -> tuple[Path, Policy, Task]:
+    """The ``policy.pt`` of a run's folder, or the file itself, what it holds, and its task.
+
+    Raises:
+        UserError: it is none, or not of the environment that one says it is of.
+    """
+    path = path / "policy.pt" if path.is_dir() else path
     try:
         if zipfile.ZipFile(path).testzip():  # torch looks at no checksum
             raise ValueError
@@ -72,10 +76,15 @@ def main() -> None:
         why = reason(error) if isinstance(error, ValidationError) else "damaged, or something else"
         raise UserError(f"{path}: is no policy.pt that a run has left ({why})") from None
     named = policy.env_id
-    if named != args.env_id:  # making an environment runs its code, so a file may not choose it
+    if named != env_id:  # making an environment runs its code, so a file may not choose it
         right = f"give --env-id {named} if you trust it" if named else "leave --env-id out"
         raise UserError(f"{path}: is a policy for {named or policy.task}; {right}")
-    task = get_task(policy.task, args.env_id)
+    return path, policy, get_task(policy.task, env_id)
+
+
+def main() -> None:
+    args = parse_args(Args)
+    path, policy, task = read_policy(args.policy, args.env_id)
     runs = [{"cost_limit": k, "seed": s} for s in policy.seeds for k in policy.cost_limits]
     file = path.with_name("results.json")
     try:

@@ -13,7 +13,7 @@ from tests.conftest import ROOT, assert_refused, command, only_run
 import pytest
 import torch
 
-TOOLS = ("benchmark", "card", "collect", "evaluate", "pairs", "speed")
+TOOLS = ("benchmark", "card", "collect", "evaluate", "label", "pairs", "speed", "watch")
 SCRIPTS = sorted(f"algorithms/{path.name}" for path in (ROOT / "algorithms").glob("*.py"))
 SCRIPTS += [f"common/tools/{name}.py" for name in TOOLS]
 BAD = {

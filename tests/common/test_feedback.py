@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from algorithms import binary_alignment, presa, unified_comparison
 from common.args import UserError
 from common.dataset import Dataset, file_sha256
-from common.feedback import Feedback, filter_preferences, get_feedback
+from common.feedback import Feedback, filter_preferences, get_feedback, label_pairs
 from common.tasks import get_task
 
 import numpy as np
@@ -206,6 +206,23 @@ def labelled(dataset, path, **flags) -> Feedback:
     return feedback_of(dataset, feedback=path, **flags)
 
 
+def test_people_hear_how_far_labels_made_of_the_data_agree_with_theirs(ragged, tmp_path, capsys):
+    made = label_pairs(ragged, TASK, 0, (20.0,), 10, 300)
+    pairs = {key: made[key] if key == "segment_starts" else made[key][0] for key in made}
+    returns = ragged.rewards[pairs["segment_starts"][..., None] + np.arange(10)].sum(-1)
+    clear = np.flatnonzero(returns[:, 0] != returns[:, 1])
+    labelled(ragged, people(tmp_path, **pairs))
+    assert "agree with 100% of the preferences and 100% of the safety" in capsys.readouterr().out
+    pairs["preference"][clear[: len(clear) // 4]] = -1  # which counts for nothing
+    pairs["preference"][clear[len(clear) // 4 : len(clear) // 2]] ^= 1
+    pairs["safe_label"][:30] *= -1
+    labelled(ragged, people(tmp_path, **pairs))
+    asked = len(clear) - len(clear) // 4
+    wrong = len(clear) // 2 - len(clear) // 4
+    told = f"agree with {1 - wrong / asked:.0%} of the preferences and 90% of the safety labels"
+    assert told in capsys.readouterr().out
+
+
 def test_labels_from_people(ragged, tmp_path, capsys):
     asked = {"cost_preference": np.array([1, 0, -1])}
     path = people(tmp_path, **asked)
@@ -218,7 +235,9 @@ def test_labels_from_people(ragged, tmp_path, capsys):
     assert loaded.provenance == {"source": "file", "path": str(path), "sha256": file_sha256(path)}
     assert labelled(ragged, people(tmp_path)).cost_preference is None
     few = "warning: 2 preferences to learn from; fewer than 100 were never tried"
-    assert capsys.readouterr().out.splitlines() == [few] * 2
+    note, *rest = capsys.readouterr().out.splitlines()
+    assert rest == [few, note, few]
+    assert note.startswith("note: 3 pairs: ") and "2 preferences, " in note
     assert labelled(ragged, path, num_pairs=2).preference.tolist() == [[[0, 1]]]
     assert "the first 2 of the 3 pairs" in capsys.readouterr().out
 
