@@ -85,7 +85,7 @@ def get_feedback(dataset: Dataset, task: Task, args: Any) -> Feedback:
                 "--feedback: its labels are for one limit, as in --cost-limits 20; leave out "
                 "--segment-length, --label-noise and --preference-noise, which are not for a file"
             )
-        held, length = load_pairs(args.feedback, dataset, args.num_pairs)
+        held, length = load_pairs(args.feedback, dataset, args.num_pairs, limits[0])
         sha256 = file_sha256(args.feedback)
         provenance = {"source": "file", "path": str(args.feedback), "sha256": sha256}
         pairs = [held] * len(args.seeds)
@@ -194,7 +194,9 @@ def check_labels(feedback: Feedback) -> None:
         print("warning: two cost limits have the same labels; longer segments may tell them apart")
 
 
-def load_pairs(path: Path, dataset: Dataset, num_pairs: int) -> tuple[dict[str, np.ndarray], int]:
+def load_pairs(
+    path: Path, dataset: Dataset, num_pairs: int, limit: float
+) -> tuple[dict[str, np.ndarray], int]:
     """The first ``num_pairs`` pairs of a file: a seed's fields of ``Feedback``, and L.
 
     Raises:
@@ -208,6 +210,8 @@ def load_pairs(path: Path, dataset: Dataset, num_pairs: int) -> tuple[dict[str, 
         raise UserError(f"--feedback {path}: not a readable .npz file ({reason})") from None
     if problem := _problem(arrays, dataset):
         raise UserError(f"--feedback {path}: {problem}")
+    if (asked := arrays.get("cost_limit", limit)) != limit:  # label.py writes it
+        raise UserError(f"--cost-limits {limit:g}: people were asked about {asked:g}; give that")
     held = len(arrays["preference"])
     if num_pairs < held:
         print(f"note: the first {num_pairs} of the {held} pairs in {path} are used")
@@ -231,7 +235,7 @@ def _tell(pairs: dict[str, np.ndarray], dataset: Dataset, threshold: float, leng
     print(
         f"note: {len(told)} pairs: {(told == 1).sum()} safe segments, {(told == -1).sum()} unsafe; "
         f"{(preferred >= 0).sum()} preferences, {both_safe} of them between safe segments; labels "
-        f"made from rewards and costs would agree with {' and '.join(shares)}"
+        f"made from rewards and costs would agree with {' and '.join(shares) or 'none'}"
     )
 
 

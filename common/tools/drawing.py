@@ -15,7 +15,7 @@ import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +61,7 @@ THINGS = {
 }
 WALL = 1.125  # metres from the middle of the Circle tasks, beyond which it costs
 
+PUSHED = "the yellow box brought closer to the green goal, and the robot closer to the box"
 WHAT_COUNTS = {
     "BulletRun": (
         "more way made to the right, from its first dot on",
@@ -80,9 +81,12 @@ WHAT_COUNTS = {
         "more often at the button in the green zone, or closer to it",
         "in a red zone, at another button, or against a purple thing that moves",
     ),
-    "Push1": ("the yellow box closer to the green goal", "in a red zone"),
-    "Push2": ("the yellow box closer to the green goal", "in a red zone, or against a pillar"),
-    "Circle": ("more way along the circle, close to it", "beyond the red walls"),
+    "Push1": (PUSHED, "in a red zone"),
+    "Push2": (PUSHED, "in a red zone, or against a pillar"),
+    "Circle": (
+        "more way along the circle, in the arrow's direction and close to it",
+        "beyond the red walls",
+    ),
 }
 MOVES = ("BulletRun", "BulletCircle", "Velocity")  # whose way is drawn
 
@@ -93,14 +97,16 @@ def kind(task: Task) -> str:
     return f"Bullet{ending}" if task.suite == "Bullet" else ending
 
 
-def what_counts(task: Task, cost_limit: float, length: int, fps: int = FPS) -> str:
+def what_counts(task: Task, cost_limit: float, length: int) -> str:
     """What earns, what costs, and how much of it the limit allows in a clip of ``length`` steps."""
-    allowed, seconds = cost_limit * length / task.horizon / fps, length / fps
+    allowed, seconds = cost_limit * length / task.horizon / FPS, length / FPS
     if task.suite == "own":
         share = f"{cost_limit * length / task.horizon:g} of cost in this clip"
         return f"Better: what earns more in {task.name}. Unsafe: more than {share}."
     better, unsafe = WHAT_COUNTS[kind(task)]
     dots = " The way has a dot every half second." if kind(task) in MOVES else ""
+    if task.name.startswith("Drone"):
+        better += " (on the ground, where it is a ring, it loses)"
     return (
         f"Better: {better}. Unsafe: {unsafe}, for more than {allowed:.1f} of the clip's "
         f"{seconds:.1f} seconds in all.{dots}"
@@ -211,8 +217,8 @@ def _seen_from_above(task: Task, observations: np.ndarray, size: int) -> np.ndar
             )
     else:
         _disc(pen, at((0, 0))[0], CIRCLE * metre, outline=GREEN, width=3 * FINER)
-        tip = at([(0.9, CIRCLE), (-0.4, CIRCLE + 0.7), (-0.4, CIRCLE - 0.7)])
-        pen.polygon(tip, fill=GREEN)  # clockwise
+        tip = [(0.9, CIRCLE), (-0.4, CIRCLE + 0.7), (-0.4, CIRCLE - 0.7)]
+        pen.polygon(at(tip), fill=GREEN)  # clockwise
     for line in lines:
         pen.line(at(line), fill=RED, width=2 * FINER)
     frames, way = [], at(position)
@@ -223,7 +229,9 @@ def _seen_from_above(task: Task, observations: np.ndarray, size: int) -> np.ndar
             _disc(pen, way[t], 3.5 * FINER, fill=RED if bad[t] else BLUE)
         image = ground.copy()
         over = ImageDraw.Draw(image)
-        _disc(over, way[t], RADIUS[agent] * metre + 2 * FINER, fill=INK)
+        landed = agent == "Drone" and observations[t, 2] / 0.1 < 0.3  # metres high
+        how = {"outline": INK, "width": 2 * FINER} if landed else {"fill": INK}
+        _disc(over, way[t], RADIUS[agent] * metre + 2 * FINER, **how)
         ahead = position[t] + 0.5 * velocity[t]
         over.line([way[t], *at(ahead)], fill=INK, width=2 * FINER)
         if runs:
@@ -247,7 +255,10 @@ def states(task: Task, observations: np.ndarray) -> Iterator[Any]:
 
 
 def _seen_by_mujoco(task: Task, observations: np.ndarray, size: int) -> np.ndarray:
-    """A velocity task: MuJoCo's picture of the state, how fast it is, and its way so far."""
+    """A velocity task: MuJoCo's picture of the state, how fast it is, and its way so far.
+
+    What costs is the mean speed of a step, which is not observed; what is shown, that at its end.
+    """
     take, frames, way, row = _camera_of(task.env_id, size), [], [], FINER * (size // 10)
     for t, world in enumerate(states(task, observations)):
         limit, speed = world._velocity_threshold, world.data.qvel[0]
@@ -310,6 +321,7 @@ def _seen_by_lidar(task: Task, observations: np.ndarray, size: int) -> np.ndarra
         _disc(pen, at((0, 0))[0], ring * metre, outline=FAINT, width=FINER)
     if circles:
         _disc(pen, at((0, 0))[0], 1.5 * metre, outline=GREEN, width=3 * FINER)
+        pen.polygon(at([(-0.2, 1.5), (0.1, 1.65), (0.1, 1.35)]), fill=GREEN)  # against the clock
         for x in (-WALL, WALL):
             pen.line(at([(x, -half), (x, half)]), fill=RED, width=2 * FINER)
             if world.sigwalls.num == 4:
@@ -321,8 +333,11 @@ def _seen_by_lidar(task: Task, observations: np.ndarray, size: int) -> np.ndarra
         if circles:
             found = seen.places["circle"][t]
             here = -found[0] if len(found) else here  # else it is out of sight
-            way += at(here)
-            pen.line(way, fill=BLUE, width=2 * FINER)
+            beyond = np.abs(here) > WALL
+            bad = beyond.any() if world.sigwalls.num == 4 else beyond[0]
+            way.append((at(here)[0], RED if bad else BLUE))
+            for (begin, _), (end, colour) in itertools.pairwise(way):
+                pen.line((begin, end), fill=colour, width=2 * FINER)
         for name, places in () if circles else seen.places.items():
             for place in places[t]:
                 _disc(pen, at(place)[0], getattr(world, name).size * metre, fill=THINGS[name])
@@ -388,16 +403,18 @@ def prepare(task: Task) -> None:
     )
 
 
-def camera(env: Any, size: int) -> Callable[[], np.ndarray]:
+def camera(env: Any, size: int, own: bool = False) -> Callable[[], np.ndarray]:
     """A function that takes a picture [height, size, 3] uint8 of an environment as it is.
+
+    One's own environment is asked for it.
 
     Raises:
         UserError: the environment, one's own, has no picture.
     """
     world, height = env.unwrapped, size * 3 // 4 // 2 * 2
-    if hasattr(world, "bc"):
+    if hasattr(world, "bc") and not own:
         return functools.partial(_bullet_picture, world, size, height)
-    if hasattr(world, "task") or hasattr(world, "model"):
+    if not own:
         return _mujoco_camera(world, size, height)
 
     def render() -> np.ndarray:
@@ -414,9 +431,10 @@ def _bullet_picture(world: Any, width: int, height: int) -> np.ndarray:
     eye, bc = world.world.camera, world.bc
     # A sphere that is to be transparent marks violations; this renderer would always show it.
     bc.resetBasePositionAndOrientation(world.agent.violation_body_id, (0, 0, -100), (0, 0, 0, 1))
-    view = bc.computeViewMatrixFromYawPitchRoll(
-        eye.cam_base_pos, eye.cam_dist, eye.cam_yaw, eye.cam_pitch, 0, 2
-    )
+    target, distance = eye.cam_base_pos, eye.cam_dist
+    if hasattr(world.task, "circle"):  # of which it would cut off the far side
+        target, distance = (0, -1, 0), 16
+    view = bc.computeViewMatrixFromYawPitchRoll(target, distance, eye.cam_yaw, eye.cam_pitch, 0, 2)
     lens = bc.computeProjectionMatrixFOV(60, width / height, 0.1, 100.0)
     pixels = bc.getCameraImage(width, height, view, lens, renderer=bc.ER_TINY_RENDERER)[2]
     return np.reshape(pixels, (height, width, 4))[..., :3].astype(np.uint8)
@@ -426,13 +444,15 @@ def _mujoco_camera(world: Any, width: int, height: int) -> Callable[[], np.ndarr
     import mujoco
 
     task = getattr(world, "task", None)  # of a navigation task, whose world is made at its reset
+    shown = mujoco.MjvOption()
+    shown.geomgroup[:] = 1  # goals and hazards are in groups that are hidden by default
     renderers: list[Any] = []
 
     def picture() -> np.ndarray:
         model, data = (task.model, task.data) if task else (world.model, world.data)
         if not renderers:
             renderers.append(mujoco.Renderer(model, height, width))
-        renderers[0].update_scene(data, camera="fixedfar" if task else "track")
+        renderers[0].update_scene(data, "fixedfar" if task else "track", shown)
         return renderers[0].render()
 
     return picture
@@ -453,23 +473,25 @@ def _camera_of(env_id: str, size: int) -> Callable[[], np.ndarray]:
 # ------------------------------------------------------------------------------------------- video
 
 
-def video_bytes(frames: Sequence[np.ndarray], fps: float, form: str) -> bytes:
+def video_bytes(frames: Iterable[np.ndarray], fps: float, form: str) -> bytes:
     """Pictures [height, width, 3] uint8, of even sides -> a video: mp4, webm or gif."""
     if form == "gif":
         images = [Image.fromarray(x).quantize(64, dither=Image.Dither.NONE) for x in frames]
         buffer, rest = io.BytesIO(), {"save_all": True, "append_images": images[1:], "loop": 0}
         images[0].save(buffer, "GIF", duration=1000 / fps, **rest)
         return buffer.getvalue()
+    frames = iter(frames)
+    first = next(frames)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"video.{form}")
         options = {"codec": CODECS[form], "macro_block_size": 2, "ffmpeg_log_level": "error"}
         if form == "webm":  # somebody waits for it
             quick = "-deadline realtime -cpu-used 8 -crf 10 -b:v 4M"
             options["output_params"] = quick.split()
-        size = frames[0].shape[1::-1]
+        size = first.shape[1::-1]
         writer = imageio_ffmpeg.write_frames(str(path), size, fps=fps, **options)
         writer.send(None)
-        for frame in frames:
+        for frame in itertools.chain([first], frames):
             writer.send(np.ascontiguousarray(frame))
         writer.close()
         return path.read_bytes()

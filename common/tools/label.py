@@ -27,13 +27,12 @@ from common.dataset import file_sha256, load_dataset
 from common.feedback import label_pairs
 from common.tasks import get_task
 from common.tools import check_output
-from common.tools.drawing import clip_frames, load_draw, prepare, video_bytes, what_counts
+from common.tools.drawing import FPS, clip_frames, load_draw, prepare, video_bytes, what_counts
 
 import numpy as np
 from flask import Flask, Response, render_template_string, request, send_file
 from werkzeug.serving import make_server
 
-FPS = 30  # one frame a step
 FLAGS = ("task", "dataset_sha256", "segment_length", "cost_limit", "seed", "labeller")
 # The answers to P pairs are a table [P, 6]: both starts, preference, both safe labels, seconds.
 
@@ -149,7 +148,8 @@ def main() -> None:
 
     # 1. The pairs, and what is answered of them.
     task, draw = get_task(args.task, args.env_id), load_draw(args.draw)
-    prepare(task)
+    if draw is None and task.name.endswith("Velocity"):  # which MuJoCo draws
+        prepare(task)
     if args.cost_limit is None and task.suite == "own":
         raise UserError("--cost-limit: say what counts as unsafe (common/tools/card.py helps)")
     limit = task.cost_limits[1] if args.cost_limit is None else args.cost_limit
@@ -191,7 +191,7 @@ def main() -> None:
     app, token, writing = Flask(__name__), secrets.token_urlsafe(), threading.Lock()
     name = f"--env-id {args.env_id}" if args.env_id else f"--task {task.name}"
     train = f"{name} --data {args.data} --feedback {output} --cost-limits {limit:g}"
-    texts = {"what": what_counts(task, limit, length, FPS), "train": train, "total": total}
+    texts = {"what": what_counts(task, limit, length), "train": train, "total": total}
 
     def say(sentence: object, code: int = 200) -> Response:
         return Response(str(sentence), code, mimetype="text/plain")

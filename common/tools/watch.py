@@ -9,6 +9,7 @@ strip in which every costly step leaves a red mark.
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from common.tasks import Task
 from common.tools import check_output
 from common.tools.drawing import (
     CODECS,
+    FPS,
     INK,
     PAPER,
     RED,
@@ -36,6 +38,7 @@ from common.tools.evaluate import Policy, read_policy
 from common.tools.tables import titles
 
 import numpy as np
+import torch
 import tyro
 from PIL import Image, ImageDraw
 
@@ -51,17 +54,15 @@ class Args:
     env_id: str | None = None
     """your own environment, where the policy is of one"""
     draw: str | None = None
-    """my_module:function that makes a picture of an observation, if your environment has none"""
+    """my_module:function that makes a picture of an observation, in place of the simulator's"""
     limit: float | None = None
     """the cost limit whose policy is played, of the run's; default: the smallest"""
     seed: int | None = None
     """the training seed, of the run's; default: its first"""
-    episodes: int = 3
+    episodes: int = 1
     """episodes, one after the other: the first of those that were scored, at most 10"""
     size: int = 480
     """width of a picture, in pixels"""
-    fps: int = 30
-    """steps a second"""
     output: Path | None = None
     """.mp4, .webm or .gif; default: watch-LIMIT-SEED.mp4 in the run's folder"""
 
@@ -87,7 +88,9 @@ def film(
     unit = min(EPISODES_PER_UNIT, policy.config["eval_episodes"] or EPISODES_PER_UNIT)
     seeds = [episode_seed(policy.seeds[s], e) for e in range(unit)]
     draw, own = load_draw(args.draw), task.suite == "own"
-    renders = own and not draw and "rgb_array" in make(task.env_id).metadata["render_modes"]
+    modes = make(task.env_id).metadata.get("render_modes", ()) if own and not draw else ()
+    renders = "rgb_array" in modes
+    torch.set_num_threads(1)  # as where it was scored: sums are rounded in the same order
     cameras: dict[int, Any] = {}
     pictures, observed, brought = ([[] for _ in seeds] for _ in range(3))
 
@@ -96,9 +99,9 @@ def film(
             return
         observed[i].append(observation)
         brought[i].append(gains.copy())
-        if renders or not own:
+        if renders or not (own or draw):
             if i not in cameras:
-                cameras[i] = camera(env, args.size)
+                cameras[i] = camera(env, args.size, own)
             pictures[i].append(cameras[i]())
 
     arrays = {name: x[p] for name, x in parameters.items()}
@@ -116,8 +119,8 @@ def picture(filmed: Filmed, step: int, title: str, limit: float, horizon: int) -
     step = min(step, len(filmed.sums) - 1)
     seen, (reward, cost) = Image.fromarray(filmed.pictures[step]), filmed.sums[step]
     costs = np.diff(filmed.sums[: step + 1, 1], prepend=0)
-    line = seen.width // 20
-    image = Image.new("RGB", (seen.width, seen.height + 4 * line // 2 * 2), PAPER)
+    line = max(seen.width // 20, 10)
+    image = Image.new("RGB", (seen.width, seen.height + 4 * line), PAPER)
     image.paste(seen, (0, 2 * line))
     pen, letters = ImageDraw.Draw(image), font(0.75 * line)
     pen.text((0.4 * line, line / 2), title, INK, letters, "lm")
@@ -138,7 +141,7 @@ def picture(filmed: Filmed, step: int, title: str, limit: float, horizon: int) -
 
 
 def main() -> None:
-    args = parse_args(Args, at_least={"seed": 0})
+    args = parse_args(Args, at_least={"seed": 0, "size": 64})
     path, policy, task = read_policy(args.run, args.env_id)
     limit = min(policy.cost_limits) if args.limit is None else args.limit
     seed = policy.seeds[0] if args.seed is None else args.seed
@@ -154,35 +157,40 @@ def main() -> None:
     check_installed()
     prepare(task)
     run = policy.seeds.index(seed), policy.cost_limits.index(limit)
+    load_script(policy.algorithm)  # or says that it is not there
     named = titles()
     sides = [(f"{named[policy.algorithm]}, cost limit {limit:g}", policy, policy.parameters)]
     if args.against is not None:
-        _, other, other_task = read_policy(args.against, args.env_id)
-        same = (other.seeds, other.cost_limits, other_task) == (
-            policy.seeds,
-            policy.cost_limits,
-            task,
-        )
-        if not same:
-            raise UserError(f"--against {args.against}: must be of the same task, seeds and limits")
-        sides.insert(
-            0, (f"{named[other.algorithm]} ({args.against.name})", other, other.parameters)
-        )
+        _, other, _ = read_policy(args.against, args.env_id)
+        load_script(other.algorithm)
+        alike = ("task", "seeds", "cost_limits", "env_id")
+        same = all(getattr(other, x) == getattr(policy, x) for x in alike)
+        if not same or other.config["eval_episodes"] != policy.config["eval_episodes"]:
+            raise UserError(
+                f"--against {args.against}: must be of the same task, seeds, limits and "
+                "--eval-episodes"
+            )
+        name = f"{named[other.algorithm]} ({args.against.name})"
+        sides.insert(0, (name, other, other.parameters))
     elif policy.reference:
         sides.insert(0, ("the reference", policy, policy.reference))
     films = {title: film(held, p, task, run, args) for title, held, p in sides}
-    frames = []
-    for e, episode in enumerate(zip(*films.values(), strict=True)):
-        for step in range(max(len(side.sums) for side in episode)):
-            told = zip(films, episode, strict=True)
-            row = [picture(x, step, title, limit, task.horizon) for title, x in told]
-            frames.append(np.concatenate([np.asarray(x) for x in row], axis=1))
-        frames += [frames[-1]] * args.fps  # a second to look at the end
+    episodes = list(zip(*films.values(), strict=True))
+
+    def frames() -> Iterator[np.ndarray]:
+        for episode in episodes:
+            for step in range(max(len(side.sums) for side in episode)):
+                told = zip(films, episode, strict=True)
+                row = [picture(x, step, title, limit, task.horizon) for title, x in told]
+                yield (frame := np.concatenate([np.asarray(x) for x in row], axis=1))
+            yield from [frame] * FPS  # a second to look at the end
+
+    for e, episode in enumerate(episodes):
         for title, side in zip(films, episode, strict=True):
             reward, cost = side.sums[-1]
             print(f"episode {e}  {title}: reward {reward:.2f}  cost {cost:g}")
     with whole_file(output) as part:
-        part.write_bytes(video_bytes(frames, args.fps, output.suffix[1:]))
+        part.write_bytes(video_bytes(frames(), FPS, output.suffix[1:]))
     print(output)
 
 

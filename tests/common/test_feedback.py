@@ -221,6 +221,8 @@ def test_people_hear_how_far_labels_made_of_the_data_agree_with_theirs(ragged, t
     wrong = len(clear) // 2 - len(clear) // 4
     told = f"agree with {1 - wrong / asked:.0%} of the preferences and 90% of the safety labels"
     assert told in capsys.readouterr().out
+    with pytest.raises(UserError, match="--cost-limits 20: people were asked about 40; give that"):
+        labelled(ragged, people(tmp_path, cost_limit=40.0, **pairs))
 
 
 def test_labels_from_people(ragged, tmp_path, capsys):

@@ -100,7 +100,7 @@ def test_each_answer_is_on_the_disk_in_the_form_that_training_reads(
         assert f"pair {number + 1} of 6" in page.get().text
         page.answer(number, choice)
         assert answers_in(page.file)[number:] == [list(choice)]
-    pairs, length = load_pairs(page.file, load_dataset(TASK, str(two_armed)), 10_000)
+    pairs, length = load_pairs(page.file, load_dataset(TASK, str(two_armed)), 10_000, 20)
     assert length == 10 and pairs["preference"].tolist() == [[1, 0, -1, 0]]
     assert pairs["safe_label"].tolist() == [[[1, -1], [1, 1], [0, 0], [-1, 1]]]
     assert (pairs["segment_starts"] == drawn["segment_starts"][:4]).all(), "as synthetic ones"

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 
-from algorithms import presa
+from algorithms import bc_safe_seg, presa
 from common.args import UserError
 from common.tasks import TASKS
 from common.tools import drawing, evaluate, watch
@@ -13,7 +13,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-SMALL = "--num-pairs 100 --bc-steps 5 --steps 5 --hidden-size 8 --eval-episodes 3 --eval-every 5"
+SMALL = "--num-pairs 100 --bc-steps 5 --steps 5 --hidden-size 256 --eval-episodes 3 --eval-every 5"
 
 
 def frames_of(path) -> list[np.ndarray]:
@@ -56,7 +56,12 @@ def test_a_video_shows_what_was_scored(tmp_path, run_script):
         tmp_path, "common/tools/watch.py", folder, "--against", folder, *flags, "--output", both
     )
     assert done.returncode == 0 and both.exists() and "the reference" not in done.stdout
+    played = "--data bundled --device cpu --cost-limits 20 40 --seeds 3 5 --eval-episodes 2"
+    where = ("--output-dir", tmp_path / "others")
+    code, _, error = run_script(bc_safe_seg.main, *played.split(), *["--steps", "2"], *where)
+    assert code == 0, error
     for flags, sentence in {
+        ("--against", only_run(tmp_path / "others")): "of the same task, seeds, limits and --eval",
         ("--limit", 7): "--limit 7: the run has 20, 40",
         ("--seed", 0): "--seed 0: the run has 3, 5",
         ("--output", "a.avi"): "--output a.avi: must end in",
@@ -91,6 +96,20 @@ def test_the_speed_bar_is_red_beyond_the_limit():
     assert speed[2.4] + 500 < speed[2.6]
 
 
+def test_the_arrow_points_where_it_earns():
+    with real_gymnasium():
+        env = drawing.make(TASKS["BallCircle"].env_id)
+        env.reset(seed=0)
+        world = env.unwrapped
+        world.agent.set_position((0, drawing.CIRCLE, 0.5))  # the arrow's place
+        earned = []
+        for speed in (-1, 1):
+            world.bc.resetBaseVelocity(world.agent.body_id, (speed, 0, 0))
+            earned.append(world.task.calculate_reward())
+        env.close()
+    assert earned[0] < 0 < earned[1]
+
+
 @pytest.mark.parametrize("name", ["PointGoal1", "CarPush1", "PointCircle1"])
 def test_lidars_tell_where_things_are(name):
     """The simulator knows. Two things that share a bin of the lidar are told apart less exactly."""
@@ -116,8 +135,9 @@ def test_lidars_tell_where_things_are(name):
         env.close()
 
 
-def test_a_velocity_task_is_put_into_the_state_that_was_observed():
-    task = TASKS["HalfCheetahVelocity"]
+@pytest.mark.parametrize("name", ["HalfCheetahVelocity", "AntVelocity", "SwimmerVelocity"])
+def test_a_velocity_task_is_put_into_the_state_that_was_observed(name):
+    task = TASKS[name]
     with real_gymnasium():
         env = drawing.make(task.env_id)
         observed = [env.reset(seed=0)[0]]
