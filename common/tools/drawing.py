@@ -476,7 +476,8 @@ def _camera_of(env_id: str, size: int) -> Callable[[], np.ndarray]:
 def video_bytes(frames: Iterable[np.ndarray], fps: float, form: str) -> bytes:
     """Pictures [height, width, 3] uint8, of even sides -> a video: mp4, webm or gif."""
     if form == "gif":
-        images = [Image.fromarray(x).quantize(64, dither=Image.Dither.NONE) for x in frames]
+        tree = Image.Quantize.FASTOCTREE  # median cut would lose the red of a small mark
+        images = [Image.fromarray(x).quantize(64, tree) for x in frames]
         buffer, rest = io.BytesIO(), {"save_all": True, "append_images": images[1:], "loop": 0}
         images[0].save(buffer, "GIF", duration=1000 / fps, **rest)
         return buffer.getvalue()
