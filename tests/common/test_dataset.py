@@ -22,8 +22,8 @@ def test_bundled_dataset_is_whole_and_small():
     path = BUNDLED / "SafetyBallRun.hdf5"
     assert path.stat().st_size <= 3_000_000
     dataset = load_dataset(TASK, "bundled")
-    assert dataset.observations.shape == (90_000, 7) and dataset.observations.dtype == np.float32
-    assert dataset.actions.shape == (90_000, 2)
+    assert dataset.observations.shape == (94_000, 7) and dataset.observations.dtype == np.float32
+    assert dataset.actions.shape == (94_000, 2)
     assert (dataset.episode_ends - dataset.episode_starts == TASK.horizon).all()
     assert set(np.unique(dataset.costs)) == {0, 1}
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -105,8 +105,8 @@ def test_script_on_the_bundled_data(tmp_path, monkeypatch, run_script):
     code, out, err = run_script(module.main, "BallRun", "--data", "bundled")
     assert code == 0 and err == ""
     with h5py.File(BUNDLED / "SafetyBallRun.hdf5") as file:
-        costs = file["costs"][()].reshape(900, 100)
-        returns = file["rewards"][()].astype(float).reshape(900, 100).sum(1)
+        costs = file["costs"][()].reshape(940, 100)
+        returns = file["rewards"][()].astype(float).reshape(940, 100).sum(1)
     worth = {length: [str(length), f"{length / 100:g}"] for length in (10, 25, 50, 75, 100)}
     out, labels = out.split("what labels are worth")
     for limit in (10, 20, 40):
