@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 LABELS = ("preference", "safe_label", "cost_preference")
-FEW = 100  # preferences; nothing was measured with fewer
+FEW = 100  # pairs, preferences; nothing was measured with fewer
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,8 @@ def load_pairs(
         raise UserError(f"--feedback {path}: not a readable .npz file ({reason})") from None
     if problem := _problem(arrays, dataset):
         raise UserError(f"--feedback {path}: {problem}")
-    if (asked := arrays.get("cost_limit", limit)) != limit:  # label.py writes it
-        raise UserError(f"--cost-limits {limit:g}: people were asked about {asked:g}; give that")
+    if np.any((asked := arrays.get("cost_limit", limit)) != limit):  # label.py writes it
+        raise UserError(f"--cost-limits {limit:g}: people were asked about {asked}; give that")
     held = len(arrays["preference"])
     if num_pairs < held:
         print(f"note: the first {num_pairs} of the {held} pairs in {path} are used")
@@ -237,6 +237,13 @@ def _tell(pairs: dict[str, np.ndarray], dataset: Dataset, threshold: float, leng
         f"{(preferred >= 0).sum()} preferences, {both_safe} of them between safe segments; labels "
         f"made from rewards and costs would agree with {' and '.join(shares) or 'none'}"
     )
+    counts = {"pairs": len(told), "unsafe segments": (told == -1).sum()}
+    counts["preferences between safe segments"] = both_safe
+    if scarce := ", ".join(f"{n} {what}" for what, n in counts.items() if n < FEW):
+        print(
+            f"warning: {scarce}; PreSa was measured with {FEW} pairs, on BallRun, and came "
+            "as far as with 10,000; see The bundled file in common/measured/README.md"
+        )
 
 
 def _problem(arrays: dict[str, np.ndarray], dataset: Dataset) -> str:

@@ -221,7 +221,9 @@ def test_people_hear_how_far_labels_made_of_the_data_agree_with_theirs(ragged, t
     wrong = len(clear) // 2 - len(clear) // 4
     told = f"agree with {1 - wrong / asked:.0%} of the preferences and 90% of the safety labels"
     assert told in capsys.readouterr().out
-    with pytest.raises(UserError, match="--cost-limits 20: people were asked about 40; give that"):
+    with pytest.raises(
+        UserError, match=r"--cost-limits 20: people were asked about 40\.0; give that"
+    ):
         labelled(ragged, people(tmp_path, cost_limit=40.0, **pairs))
 
 
@@ -237,9 +239,10 @@ def test_labels_from_people(ragged, tmp_path, capsys):
     assert loaded.provenance == {"source": "file", "path": str(path), "sha256": file_sha256(path)}
     assert labelled(ragged, people(tmp_path)).cost_preference is None
     few = "warning: 2 preferences to learn from; fewer than 100 were never tried"
-    note, *rest = capsys.readouterr().out.splitlines()
-    assert rest == [few, note, few]
+    note, scarce, *rest = capsys.readouterr().out.splitlines()
+    assert rest == [few, note, scarce, few]
     assert note.startswith("note: 3 pairs: ") and "2 preferences, " in note
+    assert scarce.startswith("warning: 3 pairs, 2 unsafe segments, 1 preferences between safe")
     assert labelled(ragged, path, num_pairs=2).preference.tolist() == [[[0, 1]]]
     assert "the first 2 of the 3 pairs" in capsys.readouterr().out
 
