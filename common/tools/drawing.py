@@ -30,14 +30,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 Draw = Callable[[np.ndarray], np.ndarray]  # an observation [d] -> a picture [height, width, 3]
 
-PAPER, INK, FAINT, RED, BLUE, GREEN = (
-    "#f7f6f2",
-    "#333333",
-    "#c9c7c0",
-    "#d1242f",
-    "#1f6feb",
-    "#2a9d4e",
-)
+PAPER, INK, FAINT = "#f7f6f2", "#333333", "#c9c7c0"
+RED, BLUE, GREEN = "#d1242f", "#1f6feb", "#2a9d4e"
 FPS = 30  # pictures a second, one a step
 HALF_A_SECOND = 15  # steps: the way has a dot for each
 FINER = 2  # pictures are drawn so many times larger and shrunk, which smooths them
@@ -61,40 +55,35 @@ THINGS = {
 }
 WALL = 1.125  # metres from the middle of the Circle tasks, beyond which it costs
 
+REACHED = "more green goals reached, or closer to the next"
 PUSHED = "the yellow box brought closer to the green goal, and the robot closer to the box"
-WHAT_COUNTS = {
-    "BulletRun": (
+ROUND = "more way along the circle, in the arrow's direction and close to it"
+BUTTONS = (
+    "more often at the button in the green zone, or closer to it",
+    "in a red zone, at another button, or against a purple thing that moves",
+)
+WHAT_COUNTS = {  # by the end of the task's name: what is better, and what is unsafe
+    "Run": (
         "more way made to the right, from its first dot on",
         "outside the red lines, or faster than the mark on the speed bar",
     ),
-    "BulletCircle": (
-        "more way along the circle, in the arrow's direction and close to it",
-        "beyond the red lines",
-    ),
+    "Circle": (ROUND, "beyond the red lines"),
     "Velocity": ("more way made forward", "faster than the mark on the speed bar"),
-    "Goal1": ("more green goals reached, or closer to the next", "in a red zone"),
-    "Goal2": (
-        "more green goals reached, or closer to the next",
-        "in a red zone, or moving a turquoise vase",
-    ),
-    "Button": (
-        "more often at the button in the green zone, or closer to it",
-        "in a red zone, at another button, or against a purple thing that moves",
-    ),
+    "Goal1": (REACHED, "in a red zone"),
+    "Goal2": (REACHED, "in a red zone, or moving a turquoise vase"),
+    "Button1": BUTTONS,
+    "Button2": BUTTONS,
     "Push1": (PUSHED, "in a red zone"),
     "Push2": (PUSHED, "in a red zone, or against a pillar"),
-    "Circle": (
-        "more way along the circle, in the arrow's direction and close to it",
-        "beyond the red walls",
-    ),
+    "Circle1": (ROUND, "beyond the red walls"),
+    "Circle2": (ROUND, "beyond the red walls"),
 }
-MOVES = ("BulletRun", "BulletCircle", "Velocity")  # whose way is drawn
+DOTTED = ("Run", "Circle", "Velocity")  # whose way has a dot for each half second
 
 
 def kind(task: Task) -> str:
     """The key of ``WHAT_COUNTS``."""
-    ending = next(x for x in ("Run", *list(WHAT_COUNTS)[2:]) if x in task.name)
-    return f"Bullet{ending}" if task.suite == "Bullet" else ending
+    return next(ending for ending in WHAT_COUNTS if task.name.endswith(ending))
 
 
 def what_counts(task: Task, cost_limit: float, length: int) -> str:
@@ -104,7 +93,7 @@ def what_counts(task: Task, cost_limit: float, length: int) -> str:
         share = f"{cost_limit * length / task.horizon:g} of cost in this clip"
         return f"Better: what earns more in {task.name}. Unsafe: more than {share}."
     better, unsafe = WHAT_COUNTS[kind(task)]
-    dots = " The way has a dot every half second." if kind(task) in MOVES else ""
+    dots = " The way has a dot every half second." if kind(task) in DOTTED else ""
     if task.name.startswith("Drone"):
         better += " (on the ground, where it is a ring, it loses)"
     return (
@@ -188,6 +177,16 @@ def _speed_bar(image: Image.Image, top: int, height: int, speed: float, limit: f
     pen.line((mark, y - 0.4 * height, mark, y + 0.4 * height), fill=INK, width=2 * FINER)
 
 
+def _go_on(
+    ground: Image.Image, way: list[tuple[float, float]], bad: bool, width: int, dot: float = 0
+) -> None:
+    """Draw the last step of a way, to stay; with ``dot``, a radius, one for each half second."""
+    pen, colour = ImageDraw.Draw(ground), RED if bad else BLUE
+    pen.line(way[-2:], fill=colour, width=width)
+    if dot and (len(way) - 1) % HALF_A_SECOND == 0:  # what is fast has a long way: count the dots
+        _disc(pen, way[-1], dot, fill=colour)
+
+
 def _seen_from_above(task: Task, observations: np.ndarray, size: int) -> np.ndarray:
     """A Bullet task: the way so far, the body, and of Run tasks how fast it is."""
     agent, runs = next(x for x in VELOCITY if task.name.startswith(x)), task.name.endswith("Run")
@@ -223,10 +222,7 @@ def _seen_from_above(task: Task, observations: np.ndarray, size: int) -> np.ndar
         pen.line(at(line), fill=RED, width=2 * FINER)
     frames, way = [], at(position)
     for t in range(len(way)):
-        if t:  # the way stays on the ground
-            pen.line(way[t - 1 : t + 1], fill=RED if bad[t] else BLUE, width=3 * FINER)
-        if t % HALF_A_SECOND == 0:  # by the way's length alone what is fast would seem long
-            _disc(pen, way[t], 3.5 * FINER, fill=RED if bad[t] else BLUE)
+        _go_on(ground, way[: t + 1], bad[t], 3 * FINER, dot=3.5 * FINER)
         image = ground.copy()
         over = ImageDraw.Draw(image)
         landed = agent == "Drone" and observations[t, 2] / 0.1 < 0.3  # metres high
@@ -260,27 +256,24 @@ def _seen_by_mujoco(task: Task, observations: np.ndarray, size: int) -> np.ndarr
     What costs is the mean speed of a step, which is not observed; what is shown, that at its end.
     """
     take, frames, way, row = _camera_of(task.env_id, size), [], [], FINER * (size // 10)
-    for t, world in enumerate(states(task, observations)):
+    width = FINER * size
+    strip = Image.new("RGB", (width, row), PAPER)
+    pen, left = ImageDraw.Draw(strip), 0.15 * width
+    pen.text((0.02 * width, row / 2), "way", fill=INK, font=font(0.45 * row), anchor="lm")
+    for world in states(task, observations):
         limit, speed = world._velocity_threshold, world.data.qvel[0]
         if task.name.startswith("Ant"):  # which is held to its speed in any direction
             speed = np.linalg.norm(world.data.qvel[:2])
-        picture = Image.fromarray(take()).resize((FINER * size, FINER * (size * 3 // 4)))
-        image = Image.new("RGB", (picture.width, picture.height + 2 * row), PAPER)
+        longest = 1.5 * limit * world.dt * len(observations)  # half as far again as is allowed
+        way.append((left + world.data.qpos[0] / longest * 0.82 * width, row / 2))
+        _go_on(strip, way, speed > limit, 4 * FINER, dot=4 * FINER)
+        picture = Image.fromarray(take()).resize((width, FINER * (size * 3 // 4)))
+        image = Image.new("RGB", (width, picture.height + 2 * row), PAPER)
         image.paste(picture)
+        image.paste(strip, (0, picture.height + row))
         _speed_bar(image, picture.height, row, speed, limit)
-        longest = (
-            1.5 * limit * world.dt * len(observations)
-        )  # metres; half as fast again as allowed
-        left, y = 0.15 * image.width, picture.height + 1.5 * row
-        x = left + world.data.qpos[0] / longest * 0.82 * image.width
-        way.append(((x, y), RED if speed > limit else BLUE))
-        pen = ImageDraw.Draw(image)
-        pen.text((0.02 * image.width, y), "way", fill=INK, font=font(0.45 * row), anchor="lm")
-        for (begin, _), (end, colour) in itertools.pairwise(way):
-            pen.line((begin, end), fill=colour, width=4 * FINER)
-        for place, colour in way[::HALF_A_SECOND]:
-            _disc(pen, place, 4 * FINER, fill=colour)
-        _disc(pen, way[t][0], 5 * FINER, fill=INK)
+        x, y = way[-1]
+        _disc(ImageDraw.Draw(image), (x, picture.height + row + y), 5 * FINER, fill=INK)
         frames.append(_small(image, size))
     return np.stack(frames)
 
@@ -311,7 +304,7 @@ def _seen_by_lidar(task: Task, observations: np.ndarray, size: int) -> np.ndarra
     it moves on the ground.
     """
     world = _kept(task.env_id).unwrapped.task
-    seen, circles = things_around(world, observations), kind(task) == "Circle"
+    seen, circles = things_around(world, observations), kind(task).startswith("Circle")
     half = 2.2 if circles else seen.reach
     height, at = _plane((-half, -half), (half, half), FINER * size)
     metre = height / (2 * half)
@@ -319,25 +312,24 @@ def _seen_by_lidar(task: Task, observations: np.ndarray, size: int) -> np.ndarra
     pen = ImageDraw.Draw(ground)
     for ring in () if circles else (1, 2):  # metres
         _disc(pen, at((0, 0))[0], ring * metre, outline=FAINT, width=FINER)
+    four = circles and world.sigwalls.num == 4  # walls; else two
     if circles:
         _disc(pen, at((0, 0))[0], 1.5 * metre, outline=GREEN, width=3 * FINER)
         pen.polygon(at([(-0.2, 1.5), (0.1, 1.65), (0.1, 1.35)]), fill=GREEN)  # against the clock
         for x in (-WALL, WALL):
             pen.line(at([(x, -half), (x, half)]), fill=RED, width=2 * FINER)
-            if world.sigwalls.num == 4:
+            if four:
                 pen.line(at([(-half, x), (half, x)]), fill=RED, width=2 * FINER)
     here, way, frames = np.zeros(2), [], []
     for t, heading in enumerate(seen.heading):
-        image = ground.copy()
-        pen = ImageDraw.Draw(image)
         if circles:
             found = seen.places["circle"][t]
             here = -found[0] if len(found) else here  # else it is out of sight
             beyond = np.abs(here) > WALL
-            bad = beyond.any() if world.sigwalls.num == 4 else beyond[0]
-            way.append((at(here)[0], RED if bad else BLUE))
-            for (begin, _), (end, colour) in itertools.pairwise(way):
-                pen.line((begin, end), fill=colour, width=2 * FINER)
+            way += at(here)
+            _go_on(ground, way, beyond.any() if four else beyond[0], 2 * FINER)
+        image = ground.copy()
+        pen = ImageDraw.Draw(image)
         for name, places in () if circles else seen.places.items():
             for place in places[t]:
                 _disc(pen, at(place)[0], getattr(world, name).size * metre, fill=THINGS[name])
@@ -412,9 +404,9 @@ def camera(env: Any, size: int, own: bool = False) -> Callable[[], np.ndarray]:
         UserError: the environment, one's own, has no picture.
     """
     world, height = env.unwrapped, size * 3 // 4 // 2 * 2
-    if hasattr(world, "bc") and not own:
-        return functools.partial(_bullet_picture, world, size, height)
     if not own:
+        if hasattr(world, "bc"):
+            return functools.partial(_bullet_picture, world, size, height)
         return _mujoco_camera(world, size, height)
 
     def render() -> np.ndarray:
@@ -443,17 +435,14 @@ def _bullet_picture(world: Any, width: int, height: int) -> np.ndarray:
 def _mujoco_camera(world: Any, width: int, height: int) -> Callable[[], np.ndarray]:
     import mujoco
 
-    task = getattr(world, "task", None)  # of a navigation task, whose world is made at its reset
+    held = getattr(world, "task", world)  # a navigation task has a world of its own
     shown = mujoco.MjvOption()
     shown.geomgroup[:] = 1  # goals and hazards are in groups that are hidden by default
-    renderers: list[Any] = []
+    renderer = mujoco.Renderer(held.model, height, width)
 
     def picture() -> np.ndarray:
-        model, data = (task.model, task.data) if task else (world.model, world.data)
-        if not renderers:
-            renderers.append(mujoco.Renderer(model, height, width))
-        renderers[0].update_scene(data, "fixedfar" if task else "track", shown)
-        return renderers[0].render()
+        renderer.update_scene(held.data, "track" if held is world else "fixedfar", shown)
+        return renderer.render()
 
     return picture
 

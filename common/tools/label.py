@@ -26,7 +26,7 @@ from common.args import UserError, parse_args, run_main, whole_file
 from common.dataset import file_sha256, load_dataset
 from common.feedback import label_pairs
 from common.tasks import get_task
-from common.tools import check_output
+from common.tools import check_output, pairs
 from common.tools.drawing import FPS, clip_frames, load_draw, prepare, video_bytes, what_counts
 
 import numpy as np
@@ -38,25 +38,13 @@ FLAGS = ("task", "dataset_sha256", "segment_length", "cost_limit", "seed", "labe
 
 
 @dataclass
-class Args:
+class Args(pairs.Args):
     """Ask people about pairs of segments, or merge what several have answered."""
 
-    task: str = "BallRun"
-    """name of the task"""
-    env_id: str | None = None
-    """your own environment in place of the task: the file --data is of it"""
-    data: str = "auto"
-    """auto (DSRL's own, else bundled) | dsrl | bundled | path of an HDF5 file in DSRL's format"""
     output: Path = Path("people.npz")
     """the file to write; where it is there already, go on after its last answer"""
-    cost_limit: float | None = None
-    """kappa that people are told of, summed cost of an episode; default: the task's middle one"""
-    segment_length: float = 1.0
-    """L: steps, or up to 1 a share of the longest episode"""
     num_pairs: int = 200
     """pairs of segments to ask about"""
-    seed: int = 0
-    """fixes which pairs"""
     labeller: str = "anonymous"
     """who answers"""
     port: int = 0
