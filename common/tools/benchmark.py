@@ -66,7 +66,7 @@ class Args:
 
     # ---- where it is run
     workers: int = 1
-    """runs at the same time, each on one thread ($OMP_NUM_THREADS) and with about 1 GB"""
+    """runs at the same time, each on one thread ($OMP_NUM_THREADS) and with 1 to 7 GB"""
     launcher: str = ""
     """command that takes a run elsewhere, such as "srun --partition=cpu --mem=4G" (Slurm)"""
 
