@@ -108,11 +108,18 @@ def load_dataset(task: Task, data: str = "auto") -> Dataset:
     """
     source, path = find_dataset(task, data)
     arrays = read_arrays(path, task)
-    starts, ends = episodes(arrays)
+    is_end = arrays.pop("terminals") | arrays.pop("timeouts")
+    is_end[-1] = True
+    ends = np.flatnonzero(is_end) + 1
+    starts = np.concatenate(([0], ends[:-1]))
+    if (longest := (ends - starts).max()) > task.horizon:
+        raise UserError(
+            f"{path}: not a dataset of {task.name}: an episode is {longest} steps long, and the "
+            f"task's are at most {task.horizon}; does it lack episode ends?"
+        )
     _scale_actions(arrays["actions"], task, path)
-    kept = {key: arrays[key] for key in NUMBERS}
     return Dataset(
-        **kept,
+        **arrays,
         episode_starts=starts,
         episode_ends=ends,
         source=source,
@@ -135,14 +142,6 @@ def _scale_actions(actions: np.ndarray, task: Task, path: Path) -> None:
         actions -= (low + high) / 2
         actions /= (high - low) / 2
         np.clip(actions, -1, 1, out=actions)  # what rounding put outside
-
-
-def episodes(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """First and one-past-last transition of each episode, [E] int64 both."""
-    is_end = arrays["terminals"] | arrays["timeouts"]
-    is_end[-1] = True
-    ends = np.flatnonzero(is_end) + 1
-    return np.concatenate(([0], ends[:-1])), ends
 
 
 NUMBERS = {
@@ -181,12 +180,6 @@ def read_arrays(path: Path, task: Task) -> dict[str, np.ndarray]:
         raise UserError(f"{where}: each key must have a row for every step ({counts})")
     if not (arrays["terminals"].any() or arrays["timeouts"].any()):
         raise UserError(f"{where}: terminals or timeouts must be set where an episode ends")
-    starts, ends = episodes(arrays)
-    if (ends - starts).max() > task.horizon:
-        raise UserError(
-            f"{where}: an episode is {(ends - starts).max()} steps long, and the task's are at "
-            f"most {task.horizon}; does it lack episode ends?"
-        )
     return arrays
 
 

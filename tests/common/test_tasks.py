@@ -50,11 +50,6 @@ def test_a_task_is_what_dsrl_says_and_the_simulator_plays(task):
     env.close()
 
 
-def own(horizon):
-    box = ((-1.0,), (1.0,))
-    return tasks.Task("Mine-v0", "own", "mine:Mine-v0", 1, 1, horizon, (), "", *box)
-
-
 def test_a_name_that_is_nearly_right_is_offered():
     for wrong, right in (("ballrunn", "BallRun"), ("PointGoal", "PointGoal1"), ("Ant", "AntRun")):
         with pytest.raises(UserError, match=f"--task {wrong}: .*did you mean .*{right}"):
