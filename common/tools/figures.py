@@ -122,8 +122,11 @@ def against_flag(results: Sequence[Result], flag: str) -> plt.Figure:
                 mean, (low, high) = np.array(means)[:, j], np.array(ends)[:, :, j].T
                 axis.plot(values, mean, LOOKS[i % 8], label=title, **look)
                 axis.fill_between(values, low, high, alpha=0.15, color=f"C{i}")
-    if results[0].flags[flag] > 0 and results[-1].flags[flag] >= 20 * results[0].flags[flag]:
-        plt.setp(axes, xscale="log")
+    swept = sorted({result.flags[flag] for result in results})
+    if 0 < 20 * swept[0] <= swept[-1]:
+        for axis in axes.flat:
+            axis.set_xscale("log", subs=[])  # no small ticks
+            axis.set_xticks(swept, [f"{x:g}" for x in swept])
     axes[0, 0].legend()
     return figure
 

@@ -68,10 +68,7 @@ def main() -> None:
     )
     with whole_file(args.output) as part:
         part.write_bytes(buffer.getvalue())
-    print(
-        f"{args.output}: {args.num_pairs} pairs of segments of {feedback.segment_length} steps, "
-        f"{(feedback.safe_label == 1).mean():.0%} of them safe at the limit {limit:g}"
-    )
+    print(f"{args.output}: {args.num_pairs} pairs of segments of {feedback.segment_length} steps")
 
 
 if __name__ == "__main__":
