@@ -108,20 +108,9 @@ def load_dataset(task: Task, data: str = "auto") -> Dataset:
     """
     source, path = find_dataset(task, data)
     arrays = read_arrays(path, task)
-    is_end = arrays.pop("terminals") | arrays.pop("timeouts")
-    is_end[-1] = True
-    ends = np.flatnonzero(is_end) + 1
-    starts = np.concatenate(([0], ends[:-1]))
-    if (longest := (ends - starts).max()) > task.horizon:
-        raise UserError(
-            f"{path}: not a dataset of {task.name}: an episode is {longest} steps long, and the "
-            f"task's are at most {task.horizon}; does it lack episode ends?"
-        )
     _scale_actions(arrays["actions"], task, path)
     return Dataset(
         **arrays,
-        episode_starts=starts,
-        episode_ends=ends,
         source=source,
         path=str(path.relative_to(BUNDLED.parents[1]) if source == "bundled" else path),
         file=path,
@@ -154,7 +143,7 @@ KEYS = (*NUMBERS, "terminals", "timeouts")  # the last two are set where not 0
 
 
 def read_arrays(path: Path, task: Task) -> dict[str, np.ndarray]:
-    """The arrays of an HDF5 file, by key, held against each other and the task.
+    """The arrays of a Dataset, by name, from an HDF5 file, held against each other and the task.
 
     Raises:
         UserError: not HDF5, or not a dataset of the task; one sentence says what is wrong.
@@ -178,9 +167,18 @@ def read_arrays(path: Path, task: Task) -> dict[str, np.ndarray]:
     if len(set(rows.values())) > 1 or not all(rows.values()):
         counts = ", ".join(f"{key} {n}" for key, n in rows.items())
         raise UserError(f"{where}: each key must have a row for every step ({counts})")
-    if not (arrays["terminals"].any() or arrays["timeouts"].any()):
+    is_end = arrays.pop("terminals") | arrays.pop("timeouts")
+    if not is_end.any():
         raise UserError(f"{where}: terminals or timeouts must be set where an episode ends")
-    return arrays
+    is_end[-1] = True
+    ends = np.flatnonzero(is_end) + 1
+    starts = np.concatenate(([0], ends[:-1]))
+    if (longest := (ends - starts).max()) > task.horizon:
+        raise UserError(
+            f"{where}: an episode is {longest} steps long, and the task's are at "
+            f"most {task.horizon}; does it lack episode ends?"
+        )
+    return arrays | {"episode_starts": starts, "episode_ends": ends}
 
 
 def _read(key: str, held: h5py.Dataset, task: Task, where: str) -> np.ndarray:

@@ -61,7 +61,7 @@ def test_the_house_stays_small():
     assert lines(ROOT / "README.md") <= 200
     assert lines(ROOT / "algorithms" / "presa.py") <= 350
     # The aims are 1,600 and 1,800: whoever adds a line takes one away.
-    assert lines(*(ROOT / "common").glob("*.py")) <= 1807
+    assert lines(*(ROOT / "common").glob("*.py")) <= 1805
     tools = ROOT / "common" / "tools"
     pictures = {"label.py": 350, "watch.py": 200, "drawing.py": 500}
     for name, most in pictures.items():

@@ -124,9 +124,7 @@ def against_flag(results: Sequence[Result], flag: str) -> plt.Figure:
                 axis.fill_between(values, low, high, alpha=0.15, color=f"C{i}")
     swept = sorted({result.flags[flag] for result in results})
     if 0 < 20 * swept[0] <= swept[-1]:
-        for axis in axes.flat:
-            axis.set_xscale("log", subs=[])  # no small ticks
-            axis.set_xticks(swept, [f"{x:g}" for x in swept])
+        plt.setp(axes, xscale="log", xticks=swept, xticklabels=[f"{x:g}" for x in swept])
     axes[0, 0].legend()
     return figure
 

@@ -68,7 +68,9 @@ def main() -> None:
     )
     with whole_file(args.output) as part:
         part.write_bytes(buffer.getvalue())
-    print(f"{args.output}: {args.num_pairs} pairs of segments of {feedback.segment_length} steps")
+    length, share = feedback.segment_length, (feedback.safe_label == 1).mean()
+    safe = f"{share:.0%} of them safe at the limit {limit:g}"
+    print(f"{args.output}: {args.num_pairs} pairs of segments of {length} steps, {safe}")
 
 
 if __name__ == "__main__":

@@ -205,8 +205,8 @@ def test_figures_are_a_column_wide_and_green_is_safe(folder, tmp_path):
         write(folder, "presa", "BallRun", reward, 1.5, name=f"{n}", num_pairs=n, **FEEDBACK)
     write(folder, "presa", "BallRun", 0.9, 5, name="p", objective="preference", **FEEDBACK)
     pictures = {path.name: imread(path) for path in draw_all(read_results([folder]), tmp_path)}
-    swept = [x for x in read_results([folder]) if x.task == "BallRun" and x.varied <= {"num_pairs"}]
-    axis = against_flag([x for x in swept if x.algorithm == "presa"], "num_pairs").axes[-1]
+    mine = [x for x in read_results([folder]) if (x.algorithm, x.task) == ("presa", "BallRun")]
+    axis = against_flag([x for x in mine if x.varied <= {"num_pairs"}], "num_pairs").axes[-1]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["500", "2000", "10000"]
     names = {"figure2", "figure3", "figure3-objective", "figure4-num-pairs"}
     names |= {f"figure6-{name}-bullet" for name in ("bc-safe", "bc-safe-seg", "presa")}
