@@ -157,6 +157,8 @@ def check_numbers(
             raise UserError(f"{flag}: must lie between 0 and 1")
         if name in (*below_1, "dropout") and value >= 1:
             raise UserError(f"{flag}: must be below 1")
+        if name == "segment_length" and value > 1 and value % 1:
+            raise UserError(f"{flag}: above 1 it counts steps, and must be whole")
         if not low <= value < math.inf:
             raise UserError(f"{flag}: must be a finite number, {low} or more")
 

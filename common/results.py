@@ -244,7 +244,9 @@ class Run:
             "runs": [{**row, **more} for row, more in columns],
         }
         if self.evaluator:
-            curve = {**self._curve(), "stage_ends": stage_ends}
+            scored, n = [row for row in self.rows if SCORES[0] in row], len(self.runs)
+            by_step = {scored[i]["step"]: scored[i : i + n] for i in range(0, len(scored), n)}
+            curve = {**curve_of(by_step), "stage_ends": stage_ends}
             write_scored(self.folder, results, self.scores, curve)
         else:
             write_json(self.folder / "results.json", results)
@@ -257,10 +259,6 @@ class Run:
             tracker.finish()
         print(f"{self.folder}/: {' '.join(sorted(path.name for path in self.folder.iterdir()))}")
         print(summary(results, self.shown))
-
-    def _curve(self) -> dict[str, list]:
-        rows, count = [row for row in self.rows if SCORES[0] in row], len(self.runs)
-        return curve_of({rows[i]["step"]: rows[i : i + count] for i in range(0, len(rows), count)})
 
 
 def curve_of(scored: dict[int, list[dict[str, Any]]]) -> dict[str, list]:

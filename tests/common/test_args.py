@@ -34,6 +34,7 @@ BAD = {
     ),
     "another task's file": ("--task DroneRun", "two_armed.hdf5: not a dataset of DroneRun"),
     "segment too long": ("--segment-length 41", "--segment-length 41: the longest episode of"),
+    "half a step": ("--segment-length 1.5", "--segment-length 1.5: above 1 it counts steps"),
 }
 
 
