@@ -27,7 +27,7 @@ $(DATA)/SafetyDroneRun.hdf5: FLAGS = --experts 1 --envs 16 --steps 5000000 --lr 
 $(DATA)/SafetyAntRun.hdf5: FLAGS = --experts 1 --envs 16 --steps 3000000 --lr 7e-4
 $(DATA)/SafetyBallCircle.hdf5: FLAGS = --steps 7000000 --std-end 0.1
 $(DATA)/SafetyCarCircle.hdf5: FLAGS = --experts 1 --envs 16 --steps 1500000 --lr 1e-3 --std-end 0.1
-$(DATA)/SafetyDroneCircle.hdf5: FLAGS = --experts 1 --envs 16 --steps 1500000 --lr 7e-4 --std-end 0.1
+$(DATA)/SafetyDroneCircle.hdf5: FLAGS = --experts 1 --envs 16 --steps 5000000 --lr 1e-3 --std-start 0.4 --std-end 0.1 --sweep-power 1.25
 $(DATA)/SafetyPointCircle1.hdf5: FLAGS = --experts 1 --envs 16 --steps 800000 --rollout 500 --lr 1e-3 --std-end 0.1
 .DELETE_ON_ERROR:  # where an environment fails, the collector writes what it has, and fails
 $(DATA)/Safety%.hdf5: | .venv/installed
