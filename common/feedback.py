@@ -241,8 +241,8 @@ def _tell(pairs: dict[str, np.ndarray], dataset: Dataset, threshold: float, leng
     counts["preferences between safe segments"] = both_safe
     if scarce := ", ".join(f"{n} {what}" for what, n in counts.items() if n < FEW):
         print(
-            f"warning: {scarce}; with {FEW} pairs PreSa came as far as with 10,000 on two tasks, and "
-            "was less safe on a third; see The sweeps in common/measured/README.md"
+            f"warning: {scarce}; with {FEW} pairs PreSa came as far as with 10,000 on two tasks, "
+            "and was less safe on a third; see The sweeps in common/measured/README.md"
         )
 
 
