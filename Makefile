@@ -19,7 +19,7 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-data: $(patsubst %,$(DATA)/Safety%.hdf5,BallRun CarRun DroneRun AntRun BallCircle CarCircle DroneCircle PointCircle1)
+data: $(patsubst %,$(DATA)/Safety%.hdf5,BallRun CarRun DroneRun AntRun BallCircle CarCircle DroneCircle PointCircle1 HalfCheetahVelocity)
 
 $(DATA)/SafetyBallRun.hdf5: FLAGS = --no-next-observations
 $(DATA)/SafetyCarRun.hdf5: FLAGS = --steps 800000
@@ -29,6 +29,7 @@ $(DATA)/SafetyBallCircle.hdf5: FLAGS = --steps 7000000 --std-end 0.1
 $(DATA)/SafetyCarCircle.hdf5: FLAGS = --experts 1 --envs 16 --steps 1500000 --lr 1e-3 --std-end 0.1
 $(DATA)/SafetyDroneCircle.hdf5: FLAGS = --experts 1 --envs 16 --steps 5000000 --lr 1e-3 --std-start 0.4 --std-end 0.1 --sweep-power 1.25
 $(DATA)/SafetyPointCircle1.hdf5: FLAGS = --experts 1 --envs 16 --steps 800000 --rollout 500 --lr 1e-3 --std-end 0.1
+$(DATA)/SafetyHalfCheetahVelocity.hdf5: FLAGS = --experts 1 --envs 16 --steps 1000000 --rollout 500 --lr 1e-3 --std-end 0.1 --episodes 500
 .DELETE_ON_ERROR:  # where an environment fails, the collector writes what it has, and fails
 $(DATA)/Safety%.hdf5: | .venv/installed
 	@mkdir -p $(DATA)
