@@ -2,8 +2,7 @@
 
 A result is a ``results.json``. A table has a row for each method and each change of its flags,
 below it the paper's numbers, where there are any, and a column for each task. What stands at one
-place is an array of scores, [2, S, K]: normalised reward and cost of the runs of S seeds and K cost
-limits (of a mean over tasks: the limits of all of them).
+place are scores, [2, S, K]: reward and cost, normalised, by seed and limit (of a mean: all tasks').
 """
 
 import dataclasses
@@ -169,9 +168,10 @@ def read_results(paths: Iterable[Path]) -> list[Result]:
         results.append(result)
     for result in results:
         mine = [other.change for other in results if other.algorithm == result.algorithm]
-        # The main grid's flags: the defaults, or what else all the method's results have in common.
-        grid = next((x for x in mine if all(x.items() <= y.items() for y in mine)), {})
-        result.varied = result.change.keys() - grid.keys() - {"z_ref"}
+        # The main grid's flags: the defaults, or what all of the method's results set, as most do.
+        base = [x for x in mine if all(x.keys() <= y.keys() for y in mine)] or [{}]
+        grid = max(base, key=lambda x: sum(x[k] == y[k] for y in mine for k in x))
+        result.varied = {k for k, x in result.change.items() if grid.get(k) != x} - {"z_ref"}
     return results
 
 

@@ -200,6 +200,19 @@ def test_intervals_stand_beside_the_means(folder):
     assert cell.startswith("1.00 [") and cell.endswith("/ 0.50 [0.50, 0.50], worst 0.50")
 
 
+def test_a_sweep_may_be_around_other_values_than_the_defaults(tmp_path):
+    around = {"eta": 0.5, "delta": 0.7} | FEEDBACK
+    for i, change in enumerate(({}, {"eta": 1.0}, {"num_pairs": 100})):
+        write(tmp_path, "presa", "BallRun", 0.2, 0.5, name=f"{i}", **around | change)
+    write(tmp_path, "presa", "CarRun", 0.2, 0.5, **around)
+    varied = {result.label: result.varied for result in read_results([tmp_path])}
+    assert varied == {
+        "PreSa --delta 0.7 --eta 0.5": set(),
+        "PreSa --delta 0.7 --eta 1": {"eta"},
+        "PreSa --delta 0.7 --eta 0.5 --num-pairs 100": {"num_pairs"},
+    }
+
+
 def test_figures_are_a_column_wide_and_green_is_safe(folder, tmp_path):
     for n, reward in ((500, 0.1), (2000, 0.2)):
         write(folder, "presa", "BallRun", reward, 1.5, name=f"{n}", num_pairs=n, **FEEDBACK)
