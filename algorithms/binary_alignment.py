@@ -53,8 +53,8 @@ class Args(OutputArgs, FeedbackArgs):
     """Binary Alignment: safe and preferred, or not, as one label."""
 
     # ---- objective
-    beta: float = 0.1
-    """beta, temperature of the safety score (eq. 7; PreSa: measured; Table 12: 1)"""
+    beta: float | None = None
+    """beta, temperature of the safety score (eq. 7; Table 12: 1); default: 20 / steps (as PreSa)"""
     gamma: float = 1.0
     """gamma, discount inside a segment (eq. 7; the paper's proof: close to 1)"""
     eta: float = 0.1
@@ -263,7 +263,9 @@ def main() -> None:
     aligned = {
         name: x.detach()[seed_of].requires_grad_(x.requires_grad) for name, x in reference.items()
     }
-    rows = args.batch_size * segments[0, 0].numel()  # transitions in a batch
+    length = segments.shape[-1]
+    beta = 20 / length if args.beta is None else args.beta  # a score adds up L steps
+    rows = args.batch_size * 2 * length  # transitions in a batch
 
     def run_loss(parameters, labels, seed, pairs, masks):
         """Eq. 9 of one run, on the batch of pairs drawn for its seed."""
@@ -272,7 +274,7 @@ def main() -> None:
         logp = log_prob(mean, actions[batch].flatten(0, 2)).view(batch.shape)
         score = segment_score(logp, ref_logp[seed, batch], args.gamma)
         labels = tuple(x[pairs] for x in labels)
-        return alignment_loss(score, labels, args.beta, args.z_ref)
+        return alignment_loss(score, labels, beta, args.z_ref)
 
     optimizer = torch.optim.Adam(
         [x for x in aligned.values() if x.requires_grad], lr=args.lr, fused=True

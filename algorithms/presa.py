@@ -33,7 +33,7 @@ Where we depart from the paper's text, or it is silent:
 - z_ref is 0 (--z-ref batch is the paper's). Most segments are unsafe, so their mean lies far below
   the safe ones, which then pull no more, and all scores fall together. KTO clamps the mean at 0;
   here, where it is negative, that would make it 0.
-- Segments are whole episodes. Psi adds up L steps, so beta and delta are smaller than the paper's.
+- Segments are whole episodes. Psi adds up L steps, so alpha and beta are divided by L.
 
 R = seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it
 over all. A seed fixes initial weights, segments, batches and dropout; the limit only the labels.
@@ -67,10 +67,10 @@ class Args(OutputArgs, FeedbackArgs):
     # ---- objective
     objective: Literal["presa", "preference", "safety"] = "presa"
     """all of eq. 15, or one module alone (Figure 3): eq. 4 (nu = 0) or eq. 9 (nu = 1)"""
-    alpha: float = 0.03
-    """alpha, temperature of the preference (eq. 3; measured, for whole episodes)"""
-    beta: float = 0.1
-    """beta, temperature of the safety score (eq. 7; measured, for whole episodes; Table 12: 1)"""
+    alpha: float | None = None
+    """alpha, temperature of the preference (eq. 3); default: 6 / steps of a segment (measured)"""
+    beta: float | None = None
+    """beta, temperature of the safety score (eq. 7; Table 12: 1); default: 20 / steps (measured)"""
     gamma: float = 1.0
     """gamma, discount inside a segment (eq. 7; the paper's proof: close to 1)"""
     eta: float = 0.1
@@ -297,7 +297,10 @@ def main() -> None:
     nu_init, nu_lr = modules[args.objective]
     nu = torch.full((len(weight),), nu_init, device=device)  # [R]
     preference_weight = 0.0 if args.objective == "safety" else 1.0
-    rows = args.batch_size * segments[0, 0].numel()  # transitions in a batch
+    length = segments.shape[-1]
+    alpha = 6 / length if args.alpha is None else args.alpha  # a score adds up L steps
+    beta = 20 / length if args.beta is None else args.beta
+    rows = args.batch_size * 2 * length  # transitions in a batch
 
     def run_loss(parameters, nu, labels, seed, pairs, masks):
         """Eq. 15 of one run, on the batch of pairs drawn for its seed."""
@@ -306,7 +309,7 @@ def main() -> None:
         logp = log_prob(mean, actions[batch].flatten(0, 2)).view(batch.shape)
         score = segment_score(logp, ref_logp[seed, batch], args.gamma)
         labels = tuple(x[pairs] for x in labels)
-        weights = args.alpha, args.beta, args.delta
+        weights = alpha, beta, args.delta
         return alignment_loss(score, labels, nu, *weights, args.z_ref, preference_weight)
 
     optimizer = torch.optim.Adam(

@@ -51,8 +51,8 @@ class Args(OutputArgs, FeedbackArgs):
     """Unified Comparison: safe before unsafe, then better before worse, as one preference."""
 
     # ---- objective
-    alpha: float = 0.03
-    """alpha, temperature of the preference (eq. 3; PreSa: measured)"""
+    alpha: float | None = None
+    """alpha, temperature of the preference (eq. 3); default: 6 / steps of a segment (as PreSa)"""
     gamma: float = 1.0
     """gamma, discount inside a segment (eq. 7; the paper's proof: close to 1)"""
 
@@ -235,7 +235,9 @@ def main() -> None:
     aligned = {
         name: x.detach()[seed_of].requires_grad_(x.requires_grad) for name, x in reference.items()
     }
-    rows = args.batch_size * segments[0, 0].numel()  # transitions in a batch
+    length = segments.shape[-1]
+    alpha = 6 / length if args.alpha is None else args.alpha  # a score adds up L steps
+    rows = args.batch_size * 2 * length  # transitions in a batch
 
     def run_loss(parameters, labels, seed, pairs, masks):
         """Eq. 4 of one run, on the batch of pairs drawn for its seed."""
@@ -244,7 +246,7 @@ def main() -> None:
         logp = log_prob(mean, actions[batch].flatten(0, 2)).view(batch.shape)
         score = segment_score(logp, ref_logp[seed, batch], args.gamma)
         labels = tuple(x[pairs] for x in labels)
-        return alignment_loss(score, labels, args.alpha)
+        return alignment_loss(score, labels, alpha)
 
     optimizer = torch.optim.Adam(
         [x for x in aligned.values() if x.requires_grad], lr=args.lr, fused=True

@@ -2,7 +2,7 @@
 
 import itertools
 
-from algorithms import bc_all, bc_safe, bc_safe_seg, binary_alignment, unified_comparison
+from algorithms import bc_all, bc_safe, bc_safe_seg, binary_alignment, presa, unified_comparison
 from common.dataset import file_sha256, load_dataset
 from common.tasks import get_task
 from tests.conftest import assert_refused
@@ -86,6 +86,25 @@ def test_alignment_finds_what_is_safe_and_earns(module, temperature, train):
     flipped = train(module, *flags, "--preference-noise", 1)[2]()
     assert action[0] < -0.15 and flipped[0] < -0.15, "it avoids what costs"
     assert action[1] > flipped[1] + 0.2, "and does what is preferred"
+
+
+@pytest.mark.parametrize("length", [20, 40])
+@pytest.mark.parametrize(
+    ("module", "temperatures"),
+    [
+        (presa, {"alpha": 6, "beta": 20}),
+        (binary_alignment, {"beta": 20}),
+        (unified_comparison, {"alpha": 6}),
+    ],
+)
+def test_temperatures_are_divided_by_the_segments_steps(
+    module, temperatures, length, two_armed, run_of
+):
+    small = f"--num-pairs 50 --segment-length {length} --cost-limits 10 --bc-steps 2 --steps 3"
+    same = [x for name, value in temperatures.items() for x in (f"--{name}", value / length)]
+    runs = [run_of(module, two_armed, *small.split(), *more) for more in ((), same)]
+    first, second = (saved["parameters"] for _, _, saved in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 # --------------------------------------------------------------------------------- merged labels
