@@ -33,7 +33,8 @@ Where we depart from the paper's text, or it is silent:
 - z_ref is 0 (--z-ref batch is the paper's). Most segments are unsafe, so their mean lies far below
   the safe ones, which then pull no more, and all scores fall together. KTO clamps the mean at 0;
   here, where it is negative, that would make it 0.
-- Segments are whole episodes. Psi adds up L steps, so alpha and beta are divided by L.
+- Segments are whole episodes. Psi adds up L steps, so alpha and beta are, by default,
+  6 and 20 divided by L.
 
 R = seeds x cost limits are trained at once: the code is written for one run, `torch.vmap` maps it
 over all. A seed fixes initial weights, segments, batches and dropout; the limit only the labels.
@@ -296,7 +297,7 @@ def main() -> None:
     modules = {"presa": (args.nu_init, args.nu_lr), "preference": (0.0, 0.0), "safety": (1.0, 0.0)}
     nu_init, nu_lr = modules[args.objective]
     nu = torch.full((len(weight),), nu_init, device=device)  # [R]
-    preference_weight = 0.0 if args.objective == "safety" else 1.0
+    pref_weight = 0.0 if args.objective == "safety" else 1.0
     length = segments.shape[-1]
     alpha = 6 / length if args.alpha is None else args.alpha  # a score adds up L steps
     beta = 20 / length if args.beta is None else args.beta
@@ -309,8 +310,7 @@ def main() -> None:
         logp = log_prob(mean, actions[batch].flatten(0, 2)).view(batch.shape)
         score = segment_score(logp, ref_logp[seed, batch], args.gamma)
         labels = tuple(x[pairs] for x in labels)
-        weights = alpha, beta, args.delta
-        return alignment_loss(score, labels, nu, *weights, args.z_ref, preference_weight)
+        return alignment_loss(score, labels, nu, alpha, beta, args.delta, args.z_ref, pref_weight)
 
     optimizer = torch.optim.Adam(
         [x for x in aligned.values() if x.requires_grad], lr=args.lr, fused=True
