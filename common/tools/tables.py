@@ -1,8 +1,8 @@
 """The benchmark's tables, made of the results of runs; ``benchmark.py`` is the command.
 
 A result is a ``results.json``. A table has a row for each method and each change of its flags,
-below it the paper's numbers, where there are any, and a column for each task. What stands at one
-place are scores, [2, S, K]: reward and cost, normalised, by seed and limit (of a mean: all tasks').
+below it the paper's numbers, where there are any, and a column for each task. A cell is made
+of scores, [2, S, K]: reward and cost, normalised, by seed and limit (a mean's: of all its tasks).
 """
 
 import dataclasses
