@@ -30,8 +30,7 @@ $(DATA)/SafetyCarCircle.hdf5: FLAGS = --experts 1 --envs 16 --steps 1500000 --lr
 $(DATA)/SafetyDroneCircle.hdf5: FLAGS = --experts 1 --envs 16 --steps 5000000 --lr 1e-3 --std-start 0.4 --std-end 0.1 --sweep-power 1.25
 $(DATA)/SafetyPointCircle1.hdf5: FLAGS = --experts 1 --envs 16 --steps 800000 --rollout 500 --lr 1e-3 --std-end 0.1
 $(DATA)/SafetyHalfCheetahVelocity.hdf5: FLAGS = --experts 1 --envs 16 --steps 1000000 --rollout 500 --lr 1e-3 --std-end 0.1 --episodes 500
-$(DATA)/SafetyWalker2dVelocity.hdf5: FLAGS = --experts 1 --envs 16 --rollout 500 --episodes 1000
-$(DATA)/SafetyAntVelocity.hdf5: FLAGS = --experts 1 --envs 16 --rollout 500 --episodes 1000
+$(DATA)/SafetyWalker2dVelocity.hdf5 $(DATA)/SafetyAntVelocity.hdf5: FLAGS = --experts 1 --envs 16 --rollout 500 --episodes 1000
 .DELETE_ON_ERROR:  # where an environment fails, the collector writes what it has, and fails
 $(DATA)/Safety%.hdf5: | .venv/installed
 	@mkdir -p $(DATA)
